@@ -51,6 +51,15 @@ def configure(config, argv):
             fail(f"{arg} has no value; write it as --{key}={config[key]}, with = and no spaces")
 
 
+def check(config, allowed):
+    """Refuse a global of a config block that is not in its (lowest, highest) or not one of its [words]."""
+    for key, values in allowed.items():
+        if isinstance(values, list) and config[key].lower() not in values:
+            fail(f"--{key}={config[key]}: choose one of {', '.join(values)}")
+        if isinstance(values, tuple) and not values[0] <= config[key] <= values[1]:
+            fail(f"--{key}={config[key]}: must be from {values[0]} to {values[1]}")
+
+
 # ------------------------------------------------------------------------------------------------------------- input
 PIECE = 1 << 16      # characters read and tokenized at a time
 BPE_BYTES = 1 << 26  # of text the BPE learns from, spread evenly over the input
@@ -214,7 +223,8 @@ def encode(files, tokenizer, vocab_size, val_fraction, out):
 
 
 def fingerprint(tok):
-    """sha256 of a tokenizers.Tokenizer, the same for every file that holds the same tokenizer."""
+    """sha256 of a tokenizers.Tokenizer, or of the one in a file: the same however the file is laid out."""
+    tok = Tokenizer.from_file(tok) if isinstance(tok, str) else tok
     return hashlib.sha256(tok.to_str().encode()).hexdigest()
 
 
