@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
@@ -237,29 +236,23 @@ def get_windows(split, starts, device):
 # ------------------------------------------------------------------------------------------- optimizer and schedule
 def make_optimizers(model):
     """[AdamW for everything], or [AdamW for embedding and norms, Muon (Jordan, 2024) for the layers' matrices]."""
-    hidden = {p: None for p in model.model.layers.parameters() if p.dim() == 2}
-    tables = [p for p in model.parameters() if p.dim() == 2 and p not in hidden]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    assert len(hidden) + len(tables) + len(vectors) == len(list(model.parameters()))
-    groups = [{"params": tables + list(hidden) * (optimizer == "adamw")}, {"params": vectors, "weight_decay": 0.0}]
-    result = [torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay,
-                                fused=vectors[0].device.type in ("cpu", "cuda"))]
-    if optimizer == "muon":
-        result.append(torch.optim.Muon(list(hidden), muon_learning_rate, weight_decay))
-    return result
+    params, hidden = list(model.parameters()), [p for p in model.model.layers.parameters() if p.dim() == 2]
+    vectors = [p for p in params if p.dim() == 1]
+    tables = [p for name, p in model.named_parameters() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    assert len(hidden) + len(vectors) + len(tables) == len(params)
+    groups = [{"params": tables + hidden * (optimizer == "adamw")}, {"params": vectors, "weight_decay": 0.0}]
+    fused = vectors[0].device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=fused)
+    return [adamw] if optimizer == "adamw" else [adamw, torch.optim.Muon(hidden, muon_learning_rate, weight_decay)]
 
 def schedule_factor(iteration):
     """What the peak rates are multiplied by in the update that follows `iteration` others."""
-    low = min_lr / learning_rate
+    low, left = min_lr / learning_rate, max(0, lr_decay_iters - iteration)
     if iteration < warmup_iters:
         return (iteration + 1) / (warmup_iters + 1)
-    if iteration >= lr_decay_iters:
-        return low
     if schedule == "wsd":  # warm-up, stable, decay (MiniCPM, arXiv:2404.06395)
-        high = min(1, 5 * (1 - iteration / lr_decay_iters))
-    else:
-        high = 0.5 + 0.5 * math.cos(math.pi * (iteration - warmup_iters) / (lr_decay_iters - warmup_iters))
-    return low + (1 - low) * high
+        return low + (1 - low) * min(1, left / (lr_decay_iters / 5))
+    return low + (1 - low) * (0.5 - 0.5 * math.cos(math.pi * left / (lr_decay_iters - warmup_iters)))
 
 # ------------------------------------------------------------------------------------------------------- checkpoint
 def checkpoints(folder):
@@ -267,33 +260,31 @@ def checkpoints(folder):
     found = []
     for path in Path(folder).glob("step-*"):
         with explained(f"{path} is damaged: move it away, and the others will be used"):
-            with safe_open(path / "model.safetensors", "pt") as file:
-                found.append((int(path.name[5:]), float(file.metadata()["val_loss"]), path))
+            loss = json.loads((path / "config.json").read_text())["val_loss"]
+            found.append((int(path.name[5:]), math.inf if loss is None else loss, path))
     return sorted(found)
 
 def save_checkpoint(model, iteration, val_loss, trainer):
     """Write out_dir/step-<iteration>, which appears whole or not at all; then keep only the newest and the best."""
     path, tmp, eos = Path(out_dir, f"step-{iteration:07d}"), Path(out_dir, "tmp"), model.config.eos_token_id
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            fail(f"{name} is not finite at iteration {iteration}, not saved: run again with a lower --learning_rate")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail(f"the weights are not finite at iteration {iteration:,}, and not saved: run again with a lower --learning_rate")
     shutil.rmtree(tmp, ignore_errors=True)
     with explained(f"cannot save {path}; the checkpoints before it are whole: make room and run again"):
         tmp.mkdir()
-        save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt", "val_loss": str(val_loss)})
+        save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
         torch.save(trainer, tmp / "trainer.pt")
         shutil.copy(f"{data_dir}/tokenizer.json", tmp)
         word = Tokenizer.from_file(f"{data_dir}/tokenizer.json").id_to_token(eos)
-        special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": word, "eos_token": word}
-        for name, content in (("config", vars(model.config)), ("tokenizer_config", special),
-                              ("generation_config", {"bos_token_id": eos, "eos_token_id": eos})):
+        for name, content in (("config", vars(model.config) | {"val_loss": val_loss}), ("generation_config", {"eos_token_id": eos}), ("tokenizer_config", {
+                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": word, "eos_token": word})):
             (tmp / f"{name}.json").write_text(json.dumps(content, indent=2))
         flush(*tmp.iterdir(), tmp)
         tmp.rename(path)
         flush(out_dir)
     saved = checkpoints(out_dir)
-    for old in set(saved) - {saved[-1], min(saved, key=lambda entry: entry[1])}:
-        old[2].rename(tmp)  # first, so that no step- folder is ever half there
+    for _, _, old in set(saved) - {saved[-1], min(saved, key=lambda entry: entry[1])}:
+        old.rename(tmp)  # first, so that no step- folder is ever half there
         shutil.rmtree(tmp)
 
 def flush(*paths):
@@ -319,9 +310,11 @@ def setup():
     dist.init_process_group()  # nccl between GPUs, gloo between CPUs
     return dist.get_rank(), dist.get_world_size(), choose_device(device)
 
-def fill(values):
-    """Set those globals that still have their automatic value."""
-    globals().update({k: v for k, v in values.items() if k in AUTOMATIC and globals()[k] == AUTOMATIC[k]})
+def fill(*sources):
+    """Set the globals that still have their automatic value, each from the first source that has it."""
+    for key, value in (item for values in sources for item in values.items()):
+        if key in AUTOMATIC and globals()[key] == AUTOMATIC[key]:
+            globals()[key] = value
 
 def check_settings(world):
     """Refuse, in one line, what cannot work."""
@@ -341,9 +334,13 @@ def check_settings(world):
             fail(f"{what} is {number} / {divisor}, not a whole number: change one of them")
 
 # ------------------------------------------------------------------------------------- data, evaluation and records
-def open_data(source):
-    """meta.json of data_dir, once that is seen to be whole and to fit the model folder `source`, if there is one."""
-    with explained(f"cannot train on {data_dir}; run python prepare.py --data_dir={data_dir} on your text again"):
+def open_data(source, rank, world):
+    """meta.json of data_dir (made of input.txt if it is not there), seen to be whole and to fit the model folder source."""
+    if rank == 0 and not Path(data_dir, "train.bin").exists():
+        prepare.prepare(prepare.input, str(source or prepare.tokenizer), prepare.vocab_size, prepare.val_fraction, data_dir)
+    if world > 1:
+        dist.barrier()
+    with explained(f"cannot train on {data_dir}: run python prepare.py --data_dir={data_dir} on your text again"):
         meta = json.loads(Path(data_dir, "meta.json").read_text())
         sizes = [Path(data_dir, f"{split}.bin").stat().st_size for split in ("train", "val")]
         tokenizer = prepare.fingerprint(f"{data_dir}/tokenizer.json")
@@ -357,7 +354,7 @@ def open_data(source):
 
 @torch.no_grad()
 def evaluate(model, meta, micro, rank, world, device):
-    """The whole validation split in fixed windows, shared by all processes: (nats per token, bits per byte)."""
+    """Loss over the whole validation split, in fixed windows that the processes share, as columns of log.csv."""
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), meta["val_tokens"] - 1
     for i in range(rank, math.ceil(count / block_size / micro), world):
@@ -365,7 +362,8 @@ def evaluate(model, meta, micro, rank, world, device):
     if world > 1:
         dist.all_reduce(total)
     model.train()
-    return total.item() / count, total.item() / math.log(2) / meta["val_bytes"]
+    loss, bits = total.item() / count, total.item() / math.log(2)
+    return {"val_loss": loss, "val_bpb": bits / meta["val_bytes"], "val_perplexity": math.exp(min(loss, 700))}
 
 def open_log(rows):
     """out_dir/log.csv as a csv writer, with `rows` in it. While it is open, no other run can have out_dir."""
@@ -388,87 +386,78 @@ def draw_curve(rows):
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for axes, key, style in (losses, "train_loss", "-"), (losses, "val_loss", "o-"), (rates, "lr", "-"):
         axes.plot(*zip(*((row["iter"], row[key]) for row in rows if key in row)), style, label=key, markersize=3)
-    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
-    losses.plot(best["iter"], best["val_loss"], "r*", markersize=12, label=f"best val_loss {best['val_loss']:.4f}")
+    loss, at = min((row["val_loss"], row["iter"]) for row in rows if "val_loss" in row)
+    losses.plot(at, loss, "r*", markersize=12, label=f"best val_loss: {loss:.4f} at {at:,}")
     losses.set(ylabel="nats per token", yscale="log")
     losses.legend()
     rates.set(ylabel="learning rate", xlabel="iteration")
     figure.savefig(Path(out_dir, "loss.png"), dpi=120)
 
 def fit_micro_batch(model, inputs, targets, autocast, say):
-    """The most sequences, up to batch_size, with which a forward and backward pass fits into memory. It is tried, which
-    also compiles; where that fails, the run goes on without the compiler."""
+    """The most sequences, up to batch_size, that a forward and backward pass has memory for: tried out, which compiles the
+    model as well. Where compiling fails, the run goes on without."""
     sizes = [n for n in range(batch_size, 0, -1) if len(inputs) % n == 0]
     while sizes:
         try:
-            reserved = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # AdamW and DDP, later
+            reserve = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # for AdamW and DDP, later
             with autocast:
                 model(inputs[:sizes[0]], targets[:sizes[0]]).backward()
             return sizes[0]
         except torch._dynamo.exc.TorchDynamoException as error:
-            say(f"warning: not compiled, and so slower ({str(error).splitlines()[0]}); --compile=false says so from the start")
+            say(f"warning: not compiled, so slower: {str(error).splitlines()[0]}")
             torch.compiler.set_stance("force_eager")
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
+        except (torch.OutOfMemoryError, MemoryError):
             sizes = [n for n in sizes if n <= sizes[0] // 2]
-            say(f"out of memory: going on with micro-batches of {max(sizes, default=0)} sequences, the same tokens per iteration")
+            say(f"out of memory: trying micro-batches of {sizes[:1]} sequences, the same tokens per iteration")
         finally:
-            reserved = None
+            reserve = None
             model.zero_grad()
-    fail(f"out of memory with one sequence: lower --block_size={block_size}, choose a smaller --size or --gradient_checkpointing=true")
+    fail(f"no memory for one sequence: lower --block_size={block_size}, or try --gradient_checkpointing=true")
 
 # ------------------------------------------------------------------------------------------------------------- main
 def main():
     global slice_loss
-    import sample  # which imports this file
+    import sample  # here, as it imports this file
     configure(globals(), sys.argv[1:])
     check(globals(), {"size": ["auto", *SIZES]})
     rank, world, device = setup()
     say = tqdm.write if rank == 0 else lambda line: None
 
     # where to start: the newest checkpoint of this run, another model, or scratch
-    saved = checkpoints(out_dir)
+    saved, trainer, shape = checkpoints(out_dir), {"iteration": 0, "rows": [], "settings": {}}, {}
     if saved and init_from == "scratch" or not saved and init_from == "resume":
         fail(f"--init_from={init_from}, but {out_dir} holds {'a' if saved else 'no'} run: choose another --out_dir, or auto")
     source = saved[-1][2] if saved else None if init_from in ("auto", "scratch") else sample.find_model(init_from)
-    trainer, before = {"iteration": 0, "rows": []}, {}
     if saved:
         with explained(f"{source}/trainer.pt is damaged: move {source} away to resume from an older checkpoint"):
             trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True)  # which runs no code
-            before = trainer["settings"]
     if source:
         raw = sample.load_model(source)
-        before |= {key: getattr(raw.config, name) for key, name in HF_NAMES.items()}
-    fill(SIZES.get(size, {}))
-    fill(before)
-    fill({"size": "135m" if device.type == "cuda" else "tiny"})
+        shape = {key: getattr(raw.config, name) for key, name in HF_NAMES.items()}
+    before = trainer["settings"] | shape
+    fill(SIZES.get(size, {}), before, {"size": "135m" if device.type == "cuda" else "tiny"})
     fill(SIZES[size])
     fill({"lr_decay_iters": max_iters, "min_lr": learning_rate / 10, "warmup_iters": min(max_iters // 20, 2000)})
-    settings = {key: globals()[key] for key in config_keys}
-    changed = [f"{key} {value} -> {settings[key]}" for key, value in before.items() if value != settings[key]]
-    for change in changed:
-        if change.split()[0] in (*HF_NAMES, "optimizer"):
-            fail(f"{source} cannot go on with {change}: leave that out, or choose another --out_dir")
+    changed = {key: f"--{key}={globals()[key]} (was {old})" for key, old in before.items() if globals()[key] != old}
+    for key in changed.keys() & {*HF_NAMES, "optimizer"}:
+        fail(f"{source} cannot go on with {changed[key]}: leave it out, or choose another --out_dir")
     log = open_log(trainer["rows"]) if rank == 0 else None
-    if rank == 0 and not Path(data_dir, "train.bin").exists():
-        prepare.prepare(prepare.input, str(source or prepare.tokenizer), prepare.vocab_size, prepare.val_fraction, data_dir)
-    if world > 1: dist.barrier()
-    meta = open_data(source)
+    meta = open_data(source, rank, world)
     fill({"vocab_size": meta["vocab_size"]})
     check_settings(world)
     torch.manual_seed(seed)
     if not source:
+        shape = {name: globals()[key] for key, name in HF_NAMES.items()} | ONLY
         raw = Llama(SimpleNamespace(
-            **ONLY, **{name: globals()[key] for key, name in HF_NAMES.items()}, architectures=["LlamaForCausalLM"],
-            tie_word_embeddings=True, head_dim=n_embd // n_head, max_position_embeddings=block_size,
-            initializer_range=n_embd ** -0.5, bos_token_id=meta["eos_token_id"], eos_token_id=meta["eos_token_id"]))
+            **shape, architectures=["LlamaForCausalLM"], head_dim=n_embd // n_head, max_position_embeddings=block_size,
+            tie_word_embeddings=True, initializer_range=n_embd ** -0.5, eos_token_id=meta["eos_token_id"]))
     raw.to(device).train()
 
     # how to compute: precision, optimizers, compiler, micro-batches, processes
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) or (  # measured on CPUs, too:
-        device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and n_embd >= 512)       # 1.6 times faster at 135m
-    precision = torch.bfloat16 if native else torch.float16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda":
+        precision = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    else:  # CPUs that have bfloat16 gain from it once the model is wide
+        precision = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() and n_embd >= 512 else torch.float32
     precision = precision if dtype == "auto" else getattr(torch, dtype)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     optimizers, scaler = make_optimizers(raw), torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -490,46 +479,48 @@ def main():
     # what is going to happen
     counts = {"norms": 0, "attention": 0, "MLP": 0, "embedding": 0}
     for name, p in raw.named_parameters():
-        counts["norms" if "norm" in name else "attention" if "attn" in name else "MLP" if "mlp" in name else "embedding"] += p.numel()
+        part = "norms" if "norm" in name else "attention" if "attn" in name else "MLP" if "mlp" in name else "embedding"
+        counts[part] += p.numel()
     tokens, n_params = targets.numel() * world, sum(counts.values())
     flops = 6 * n_params + 12 * n_layer * n_embd * block_size  # a token, forward and backward (PaLM, arXiv:2204.02311)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = next((peak * world for name, peak in PEAK_FLOPS.items() if name in chip), None)
     say(f"device     {world} x {chip}, {str(precision)[6:]}, {'compiled' if compiled else 'not compiled'}\n"
-        f"model      {size}: {n_params:,} parameters (" + ", ".join(f"{part} {n:,}" for part, n in counts.items()) + ")\n"
-        f"data       {meta['train_tokens']:,} tokens, {max_iters * tokens / meta['train_tokens']:.1f} epochs in {max_iters:,} "
-        f"iterations; {meta['val_tokens']:,} to validate\n"
-        f"iteration  {tokens:,} tokens = {world} x {len(inputs) // micro} x {micro} x {block_size} (processes, micro-batches, "
-        f"sequences, tokens); {flops:.3g} FLOPs a token\n"
-        f"start      {source or 'scratch'}, iteration {iteration:,}" + "".join(f"; {change}" for change in changed))
+        f"model      {size}, {n_params:,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in counts.items()) + "\n"
+        f"data       {meta['train_tokens']:,} tokens, {max_iters * tokens / meta['train_tokens']:.1f} epochs in "
+        f"{max_iters:,} iterations; {meta['val_tokens']:,} tokens to validate\n"
+        f"iteration  {tokens:,} tokens = {world} x {len(inputs) // micro} x {micro} x {block_size} (processes, "
+        f"micro-batches, sequences, tokens), {flops:.3g} FLOPs each\n"
+        f"start      {source or 'scratch'}, iteration {iteration:,}; {', '.join(changed.values()) or 'no setting changed'}")
     signals = []
     def ask_to_stop(number, frame):  # a second signal ends at once; but torchrun repeats the Ctrl-C that it shares
         if signals and (world == 1 or time.time() > signals[0] + 2):
             os._exit(128 + number)
         signals.append(time.time())
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
     tokenizer = Tokenizer.from_file(f"{data_dir}/tokenizer.json")
     options = {key: getattr(sample, key) for key in sample.OPTIONS} | {"max_new_tokens": 100, "seed": seed}
     bar = tqdm(total=max_iters, initial=iteration, disable=None if rank == 0 else True, dynamic_ncols=True)
 
     row, skipped, stopping, first = {}, 0, False, iteration if saved else -1
-    while True:  # evaluate, save, stop, update, log
+    while True:  # evaluate, log, save, stop, update
         due = iteration % eval_interval == 0 or iteration >= max_iters
         if eval_only or due and iteration > first:
             with autocast:
-                val_loss, val_bpb = evaluate(raw, meta, micro, rank, world, device)
-            row |= {"iter": iteration, "val_loss": val_loss, "val_bpb": val_bpb, "val_perplexity": math.exp(val_loss)}
+                row |= {"iter": iteration} | evaluate(raw, meta, micro, rank, world, device)
         if row:
-            (say if bar.disable or "val_loss" in row else bar.set_postfix_str)(", ".join(f"{k} {v:,.5g}" for k, v in row.items()))
+            facts = ", ".join(f"{key} {value:,.5g}" for key, value in row.items())
+            say(facts) if bar.disable or "val_loss" in row else bar.set_postfix_str(facts)
         if eval_only:
             break
         if rank == 0 and row:
             rows.append(row)
             log.writerow(row)
         if rank == 0 and (due or stopping) and iteration > first:
-            save_checkpoint(raw, iteration, row.get("val_loss", math.inf), {
-                "iteration": iteration, "rows": rows, "settings": settings, "scaler": scaler.state_dict(),
-                "optimizers": [one.state_dict()["state"] for one in optimizers]})
+            save_checkpoint(raw, iteration, row.get("val_loss"), {
+                "iteration": iteration, "rows": rows, "settings": {key: globals()[key] for key in config_keys},
+                "scaler": scaler.state_dict(), "optimizers": [one.state_dict()["state"] for one in optimizers]})
             draw_curve(rows)
             with torch.compiler.set_stance("force_eager"):
                 say("".join(new for new, in sample.stream(raw.eval(), tokenizer, [meta["eos_token_id"]], 1, **options)))
@@ -545,33 +536,39 @@ def main():
                 part = model(inputs[start:start + micro], targets[start:start + micro]) / targets.numel()
             scaler.scale(part).backward()
             loss += part.detach()
-        for one in optimizers: scaler.unscale_(one)
+        for one in optimizers:
+            scaler.unscale_(one)
         norm = nn.utils.get_total_norm([p.grad for p in raw.parameters()])
         stats = torch.stack((loss, norm, torch.tensor(float(len(signals)), device=device)))
         text, (inputs, targets) = inputs[0, :20], training_batch(iteration + 1, meta, rank, world, device)
-        if world > 1: dist.all_reduce(stats)
+        if world > 1:
+            dist.all_reduce(stats)
         loss, mean_norm, stopping = (stats / world).tolist()  # here the device is waited for
-        if math.isfinite(loss + mean_norm):
-            skipped = 0
-            if mean_norm > grad_clip > 0: nn.utils.clip_grads_with_norm_(raw.parameters(), grad_clip, norm)
-            for group, rate in peaks: group["lr"] = rate * factor
-            for one in optimizers: scaler.step(one)
-        else:
-            skipped += 1
+        rate, skipped = learning_rate * factor, 0 if math.isfinite(loss + mean_norm) else skipped + 1
+        if skipped:
             say(f"iteration {iteration:,}: loss {loss}, gradient norm {mean_norm}: update skipped")
-            if skipped == 5:
-                fail(f"no finite gradient in five iterations up to {iteration:,}, at learning rate {learning_rate * factor:.3g}, "
-                     f"text {tokenizer.decode(text.tolist())!r}...: lower --learning_rate; out_dir has the last checkpoint")
+        else:
+            if mean_norm > grad_clip > 0:
+                nn.utils.clip_grads_with_norm_(raw.parameters(), grad_clip, norm)
+            for group, peak_rate in peaks:
+                group["lr"] = peak_rate * factor
+            for one in optimizers:
+                scaler.step(one)
+        if skipped == 5:
+            fail(f"no finite gradient in five iterations up to {iteration:,}, learning rate {rate:.3g}, on text like "
+                 f"{tokenizer.decode(text.tolist())!r}: run again with a lower --learning_rate")
         scaler.update()
         raw.zero_grad()
         iteration, row = iteration + 1, {}
         bar.update()
         if iteration % log_interval == 0 or iteration % eval_interval == 0 or iteration == max_iters:
             speed = tokens / (time.perf_counter() - began)
-            row = {"iter": iteration, "train_loss": loss, "lr": learning_rate * factor, "grad_norm": mean_norm,
+            row = {"iter": iteration, "train_loss": loss, "lr": rate, "grad_norm": mean_norm,
                    "tokens_per_second": round(speed)} | ({"mfu": speed * flops / peak} if peak else {})
     bar.close()
-    if world > 1: dist.destroy_process_group()
+    if world > 1:
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
+    sys.modules["train"] = sys.modules["__main__"]  # what sample.py imports is this file, with its settings
     main()
