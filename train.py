@@ -145,26 +145,20 @@ def slice_loss(x, weight, targets):
     """Summed cross-entropy, in nats, of the logits x @ weight.T (N, V) against targets (N,); those of -1 do not count."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
-class SlicedLoss(torch.autograd.Function):
-    """slice_loss, a slice of the tokens at a time, so that the logits never exist as a whole: their gradient is taken in
-    the forward pass, while a slice's logits are at hand (Liger Kernel, arXiv:2410.10989)."""
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        step, total, train = max(1, 2 ** 25 // len(weight)), 0.0, ctx.needs_input_grad[0]  # 128 MiB of logits
-        ctx.x_grad, ctx.weight_grad = torch.empty_like(x), torch.zeros_like(weight) if train else None
-        for part in (slice(i, i + step) for i in range(0, len(x), step)):
-            with torch.set_grad_enabled(train):
-                inputs = x[part].detach().requires_grad_(train), weight.detach().requires_grad_(train)
-                loss = slice_loss(*inputs, targets[part])
-            if train:
-                ctx.x_grad[part], weight_grad = torch.autograd.grad(loss, inputs)
-                ctx.weight_grad += weight_grad
-            total = total + loss.detach()
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        return ctx.x_grad * scale, ctx.weight_grad.mul_(scale), None
+def sliced_loss(x, weight, targets):
+    """slice_loss, a slice of the tokens at a time: the logits never exist as a whole, since their gradient is taken right
+    here, while a slice's logits are at hand (Liger Kernel, arXiv:2410.10989)."""
+    step, total, training = max(1, 2 ** 25 // len(weight)), 0.0, torch.is_grad_enabled()  # 128 MiB of logits
+    leaves = [tensor.detach().requires_grad_(training) for tensor in (x, weight)]
+    for part, some_targets in zip(leaves[0].split(step), targets.split(step)):
+        loss = slice_loss(part, leaves[1], some_targets)
+        if training:
+            loss.backward()
+        total = total + loss.detach()
+    if training:  # a product that has this gradient, and whose value is taken away again
+        product = sum(torch.dot(tensor.flatten(), leaf.grad.flatten()) for tensor, leaf in zip((x, weight), leaves))
+        total = total + (product - product.detach())
+    return total
 
 class Llama(nn.Module):
     """Hugging Face's LlamaForCausalLM, tensor for tensor; `config` holds what its config.json does."""
@@ -201,7 +195,7 @@ class Llama(nn.Module):
                 x = layer(x, rope, cache and cache[i], position)
         x = self.model.norm(x if cache is None else x[:, -1:])
         weight = self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
-        return F.linear(x, weight) if targets is None else SlicedLoss.apply(x.flatten(0, 1), weight, targets.flatten())
+        return F.linear(x, weight) if targets is None else sliced_loss(x.flatten(0, 1), weight, targets.flatten())
 
 # ------------------------------------------------------------------------------------------------------------- data
 @functools.lru_cache(1)
