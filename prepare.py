@@ -49,7 +49,7 @@ def check(config, allowed):
             fail(f"--{key}={config[key]}: must be {' or '.join(values) if words else 'from %s to %s' % values}")
 
 PIECE = 1 << 16  # characters tokenized at a time. Where CUT divides a text, its tokens are those of the whole:
-CUT = re.compile(r".*\S\n(?=\w)|.{65536,}\S(?= \S)|.{1000000,}", re.S)  # after a line, else a word, else anywhere
+CUT = re.compile(r".*\S\n(?=\w)|.{65536,}\S(?= \S)|.{262144,}", re.S)  # after a line, else a word, else anywhere
 EOT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # what tokenizers call the end-of-text token
 
 def find_files(names, downloads):

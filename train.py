@@ -6,7 +6,7 @@ $ python train.py --size=135m --batch_size=4 --max_iters=100 # any value of the 
 $ torchrun --standalone --nproc_per_node=8 train.py          # eight GPUs: the same batches, the same losses
 $ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --learning_rate=1e-4 --out_dir=out-tuned  # fine-tune
 """
-import contextlib, csv, functools, json, math, os, shutil, signal, sys, time
+import contextlib, csv, functools, importlib.util, json, math, os, re, shutil, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,16 +77,14 @@ HF_NAMES = {  # the shape, and what config.json calls it
     "n_embd": "hidden_size", "intermediate_size": "intermediate_size", "vocab_size": "vocab_size",
     "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"}
 ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # the Llamas known here
-RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer",
-          "learning_rate", "muon_learning_rate")
-AUTOMATIC = {"size": "auto", "warmup_iters": -1, "lr_decay_iters": -1, "min_lr": -1} | dict.fromkeys(RECIPE, 0) | {
-    "optimizer": "auto"}  # settings that are filled in, and the value that asks for it
-SIZES = {  # the shapes of SmolLM2 (arXiv:2502.02737) and a tiny one
+RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer", "learning_rate",
+          "muon_learning_rate")
+SIZES = {name: dict(zip(RECIPE, row)) for name, row in {  # shapes of SmolLM2 (arXiv:2502.02737), and a tiny one
     "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 2000, "muon", 4e-3, 0.03),
     "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3, 0.02),
     "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3, 0.02),
-    "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.02)}
-SIZES = {name: dict(zip(RECIPE, row)) for name, row in SIZES.items()}
+    "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.02)}.items()}
+AUTOMATIC = {"warmup_iters": -1, "lr_decay_iters": -1, "min_lr": -1, **dict.fromkeys(RECIPE, 0), "optimizer": "auto", "size": "auto"}
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12,
               "3090": 71e12, "V100": 125e12, "T4": 65e12}  # a second: dense, 16 bits, by the makers' data sheets
 LOG_COLUMNS = ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second", "val_perplexity", "mfu")
@@ -254,7 +252,7 @@ def checkpoints(folder):
     found = []
     for path in Path(folder).glob("step-*"):
         with explained(f"{path} is damaged: move it away, and the others will be used"):
-            loss = json.loads((path / "config.json").read_text())["val_loss"]
+            loss = json.loads(Path(path, "config.json").read_text())["val_loss"]
             found.append((int(path.name[5:]), math.inf if loss is None else loss, path))
     return sorted(found)
 
@@ -262,24 +260,28 @@ def save_checkpoint(model, iteration, val_loss, trainer):
     """Write out_dir/step-<iteration>, which appears whole or not at all; then keep only the newest and the best."""
     path, tmp, eos = Path(out_dir, f"step-{iteration:07d}"), Path(out_dir, "tmp"), model.config.eos_token_id
     if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"the weights are not finite at iteration {iteration:,}, and not saved: run again with a lower --learning_rate")
-    shutil.rmtree(tmp, ignore_errors=True)
-    with explained(f"cannot save {path}; the checkpoints before it are whole: make room and run again"):
-        tmp.mkdir()
-        save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
-        torch.save(trainer, tmp / "trainer.pt")
-        shutil.copy(f"{data_dir}/tokenizer.json", tmp)
-        word = Tokenizer.from_file(f"{data_dir}/tokenizer.json").id_to_token(eos)
-        for name, content in (("config", vars(model.config) | {"val_loss": val_loss}), ("generation_config", {"eos_token_id": eos}), ("tokenizer_config", {
-                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": word, "eos_token": word})):
-            (tmp / f"{name}.json").write_text(json.dumps(content, indent=2))
-        flush(*tmp.iterdir(), tmp)
-        tmp.rename(path)
-        flush(out_dir)
-    saved = checkpoints(out_dir)
-    for _, _, old in set(saved) - {saved[-1], min(saved, key=lambda entry: entry[1])}:
-        old.rename(tmp)  # first, so that no step- folder is ever half there
-        shutil.rmtree(tmp)
+        fail(f"the weights are not finite at iteration {iteration:,}, and not saved: resume with a lower --learning_rate")
+    with explained(f"cannot save {path}: make room and run again; the checkpoints before it are whole"):
+        try:
+            shutil.rmtree(tmp, ignore_errors=True)  # a killed run's
+            tmp.mkdir()
+            save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
+            torch.save(trainer, tmp / "trainer.pt")
+            shutil.copy(f"{data_dir}/tokenizer.json", tmp)
+            word = Tokenizer.from_file(f"{data_dir}/tokenizer.json").id_to_token(eos)
+            special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": word, "eos_token": word}
+            for name, content in (("config", vars(model.config) | {"val_loss": val_loss}),
+                                  ("generation_config", {"eos_token_id": eos}), ("tokenizer_config", special)):
+                Path(tmp, f"{name}.json").write_text(json.dumps(content, indent=2))
+            flush(*tmp.iterdir(), tmp)
+            tmp.rename(path)
+            flush(out_dir)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        saved = checkpoints(out_dir)
+        for _, _, old in set(saved) - {saved[-1], min(saved, key=lambda entry: entry[1])}:
+            old.rename(tmp)  # first, so that no step- folder is ever half there
+            shutil.rmtree(tmp)
 
 def flush(*paths):
     """Bring files, or folders' lists of files, to the disk itself."""
@@ -295,67 +297,73 @@ def choose_device(name):
     with explained(f"--device={name} cannot be used here, --device={best} can"):
         return torch.zeros(1, device=best if name == "auto" else name).device
 
-def setup():
-    """Join the other processes, if torchrun started any: (rank, world size, torch.device)."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, choose_device(device)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # nccl between GPUs, gloo between CPUs
-    return dist.get_rank(), dist.get_world_size(), choose_device(device)
-
 def fill(*sources):
-    """Set the globals that still have their automatic value, each from the first source that has it."""
+    """Give the globals that still have their automatic value the one of the first source that has any."""
     for key, value in (item for values in sources for item in values.items()):
         if key in AUTOMATIC and globals()[key] == AUTOMATIC[key]:
             globals()[key] = value
 
 def check_settings(world):
     """Refuse, in one line, what cannot work."""
-    at_least_1 = ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
-                  "n_kv_head", "n_embd", "intermediate_size", "vocab_size", "max_iters", "lr_decay_iters")
-    check(globals(), dict.fromkeys(at_least_1, (1, 10 ** 12)) | {
-        "rope_theta": (1, 1e9), "norm_eps": (0, 1), "dropout": (0, 0.99), "beta1": (0, 0.9999), "beta2": (0, 0.9999),
-        "weight_decay": (0, 1e3), "grad_clip": (0, 1e9), "learning_rate": (1e-9, 1e3), "muon_learning_rate": (1e-9, 1e3),
-        "min_lr": (0, learning_rate), "warmup_iters": (0, min(max_iters, lr_decay_iters)), "seed": (0, 2 ** 31),
-        "optimizer": ["adamw", "muon"], "schedule": ["cosine", "wsd"], "compile": ["auto", "true", "false"],
-        "dtype": ["auto", "float32", "bfloat16", "float16"]})
-    for number, divisor, what in (
-            (n_embd, n_head, "--n_embd / --n_head"), (n_head, n_kv_head, "--n_head / --n_kv_head"),
-            (n_embd // n_head, 2, "half of --n_embd / --n_head, which the rotary embedding needs,"),
-            (batch_size * gradient_accumulation_steps, world, "sequences in an iteration / processes")):
+    counts = (*HF_NAMES, "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "block_size", "max_iters")
+    check(globals(), dict.fromkeys(counts, (1, 10 ** 12)) | dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)) | {
+        "norm_eps": (0, 1), "weight_decay": (0, 1000), "grad_clip": (0, 1e9), "min_lr": (0, learning_rate), "seed": (0, 2 ** 31),
+        "learning_rate": (1e-9, 1000), "muon_learning_rate": (1e-9, 1000), "lr_decay_iters": (1, 10 ** 12),
+        "warmup_iters": (0, min(max_iters, lr_decay_iters)), "optimizer": ["adamw", "muon"], "schedule": ["cosine", "wsd"],
+        "compile": ["auto", "true", "false"], "dtype": ["auto", "float32", "bfloat16", "float16"]})
+    for number, divisor, what in ((n_embd, n_head, "--n_embd / --n_head"), (n_head, n_kv_head, "--n_head / --n_kv_head"),
+                                  (n_embd // n_head, 2, "half of --n_embd / --n_head, which the rotary embedding needs,"),
+                                  (batch_size * gradient_accumulation_steps, world, "sequences / processes")):
         if number % divisor:
-            fail(f"{what} is {number} / {divisor}, not a whole number: change one of them")
+            fail(f"{what} is {number} / {divisor}, no whole number: change one of them")
 
-# ------------------------------------------------------------------------------------- data, evaluation and records
-def open_data(source, rank, world):
-    """meta.json of data_dir (made of input.txt if it is not there), seen to be whole and to fit the model folder source."""
-    if rank == 0 and not Path(data_dir, "train.bin").exists():
-        prepare.prepare(prepare.input, str(source or prepare.tokenizer), prepare.vocab_size, prepare.val_fraction, data_dir)
-    if world > 1:
-        dist.barrier()
+def open_data(source):
+    """meta.json of data_dir, seen to be whole and to fit the model folder `source`, if there is one."""
     with explained(f"cannot train on {data_dir}: run python prepare.py --data_dir={data_dir} on your text again"):
         meta = json.loads(Path(data_dir, "meta.json").read_text())
-        sizes = [Path(data_dir, f"{split}.bin").stat().st_size for split in ("train", "val")]
-        tokenizer = prepare.fingerprint(f"{data_dir}/tokenizer.json")
-        if sizes != [2 * meta["train_tokens"], 2 * meta["val_tokens"]] or tokenizer != meta["tokenizer_sha256"]:
-            raise ValueError("its files do not belong together")
-        if source and prepare.fingerprint(f"{source}/tokenizer.json") != tokenizer:
-            raise ValueError(f"{source} has another tokenizer, which --tokenizer={source} would use")
-        if meta["train_tokens"] < 2 * block_size:
-            raise ValueError(f"{meta['train_tokens']:,} tokens are too few for --block_size={block_size}")
+        sizes = [os.path.getsize(f"{data_dir}/{split}.bin") for split in ("train", "val")]
+        tokenizers = [prepare.fingerprint(f"{folder}/tokenizer.json") for folder in (data_dir, source or data_dir)]
+        for wrong, problem in (
+                (sizes != [2 * meta["train_tokens"], 2 * meta["val_tokens"]], "the .bin files are not those of meta.json"),
+                (tokenizers[0] != meta["tokenizer_sha256"], "tokenizer.json is not that of meta.json"),
+                (tokenizers[0] != tokenizers[1], f"{source} has another tokenizer, which --tokenizer={source} would use"),
+                (sizes[0] < 4 * block_size, f"{meta['train_tokens']:,} tokens are too few for --block_size={block_size}")):
+            if wrong:
+                raise ValueError(problem)
     return meta
 
+def fit_micro_batch(model, inputs, targets, autocast, say):
+    """The most sequences, up to batch_size, that a forward and backward pass has memory for. It is tried, which compiles
+    the model as well; where that fails, the run goes on without."""
+    sizes = [n for n in range(batch_size, 0, -1) if len(inputs) % n == 0]
+    while sizes:
+        try:
+            reserve = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # for AdamW and DDP, later
+            with autocast:
+                model(inputs[:sizes[0]], targets[:sizes[0]]).backward()
+            return sizes[0]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            say(f"warning: not compiled, so slower: {str(error).splitlines()[0]}")
+            torch.compiler.set_stance("force_eager")
+        except torch.OutOfMemoryError:
+            sizes = [n for n in sizes if n <= sizes[0] // 2]
+            say(f"out of memory: micro-batches of {max(sizes, default=0)} sequences, the same tokens per iteration")
+        finally:
+            reserve = None
+            model.zero_grad()
+    fail(f"no memory for one sequence: lower --block_size={block_size}, or try --gradient_checkpointing=true")
+
+# ------------------------------------------------------------------------------------------- evaluation and records
 @torch.no_grad()
 def evaluate(model, meta, micro, rank, world, device):
     """Loss over the whole validation split, in fixed windows that the processes share, as columns of log.csv."""
-    model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), meta["val_tokens"] - 1
+    model.eval()
     for i in range(rank, math.ceil(count / block_size / micro), world):
         total += model(*get_windows("val", (i * micro + np.arange(micro)) * block_size, device))
+    model.train()
     if world > 1:
         dist.all_reduce(total)
-    model.train()
     loss, bits = total.item() / count, total.item() / math.log(2)
     return {"val_loss": loss, "val_bpb": bits / meta["val_bytes"], "val_perplexity": math.exp(min(loss, 700))}
 
@@ -364,7 +372,7 @@ def open_log(rows):
     with explained(f"cannot use --out_dir={out_dir}: choose another, or wait for the run that uses it"):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(out_dir, "log.csv"), "a", newline="", buffering=1)
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
+        if os.name == "posix":
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     file.truncate(0)
@@ -387,34 +395,18 @@ def draw_curve(rows):
     rates.set(ylabel="learning rate", xlabel="iteration")
     figure.savefig(Path(out_dir, "loss.png"), dpi=120)
 
-def fit_micro_batch(model, inputs, targets, autocast, say):
-    """The most sequences, up to batch_size, that a forward and backward pass has memory for: tried out, which compiles the
-    model as well. Where compiling fails, the run goes on without."""
-    sizes = [n for n in range(batch_size, 0, -1) if len(inputs) % n == 0]
-    while sizes:
-        try:
-            reserve = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # for AdamW and DDP, later
-            with autocast:
-                model(inputs[:sizes[0]], targets[:sizes[0]]).backward()
-            return sizes[0]
-        except torch._dynamo.exc.TorchDynamoException as error:
-            say(f"warning: not compiled, so slower: {str(error).splitlines()[0]}")
-            torch.compiler.set_stance("force_eager")
-        except (torch.OutOfMemoryError, MemoryError):
-            sizes = [n for n in sizes if n <= sizes[0] // 2]
-            say(f"out of memory: trying micro-batches of {sizes[:1]} sequences, the same tokens per iteration")
-        finally:
-            reserve = None
-            model.zero_grad()
-    fail(f"no memory for one sequence: lower --block_size={block_size}, or try --gradient_checkpointing=true")
-
 # ------------------------------------------------------------------------------------------------------------- main
 def main():
     global slice_loss
     import sample  # here, as it imports this file
     configure(globals(), sys.argv[1:])
     check(globals(), {"size": ["auto", *SIZES]})
-    rank, world, device = setup()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(globals()["device"])
+    if world > 1:
+        dist.init_process_group()  # nccl between GPUs, gloo between CPUs
     say = tqdm.write if rank == 0 else lambda line: None
 
     # where to start: the newest checkpoint of this run, another model, or scratch
@@ -436,15 +428,19 @@ def main():
     for key in changed.keys() & {*HF_NAMES, "optimizer"}:
         fail(f"{source} cannot go on with {changed[key]}: leave it out, or choose another --out_dir")
     log = open_log(trainer["rows"]) if rank == 0 else None
-    meta = open_data(source, rank, world)
+    if rank == 0 and not Path(data_dir, "train.bin").exists():
+        prepare.prepare(prepare.input, str(source or prepare.tokenizer), prepare.vocab_size, prepare.val_fraction, data_dir)
+    if world > 1:
+        dist.barrier()
+    meta = open_data(source)
     fill({"vocab_size": meta["vocab_size"]})
     check_settings(world)
     torch.manual_seed(seed)
     if not source:
-        shape = {name: globals()[key] for key, name in HF_NAMES.items()} | ONLY
         raw = Llama(SimpleNamespace(
-            **shape, architectures=["LlamaForCausalLM"], head_dim=n_embd // n_head, max_position_embeddings=block_size,
-            tie_word_embeddings=True, initializer_range=n_embd ** -0.5, eos_token_id=meta["eos_token_id"]))
+            **ONLY, **{name: globals()[key] for key, name in HF_NAMES.items()}, architectures=["LlamaForCausalLM"],
+            head_dim=n_embd // n_head, max_position_embeddings=block_size, tie_word_embeddings=True,
+            initializer_range=n_embd ** -0.5, eos_token_id=meta["eos_token_id"]))
     raw.to(device).train()
 
     # how to compute: precision, optimizers, compiler, micro-batches, processes
@@ -455,11 +451,11 @@ def main():
     precision = precision if dtype == "auto" else getattr(torch, dtype)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     optimizers, scaler = make_optimizers(raw), torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    peaks = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
     if saved:  # the state alone: rates and the like are today's
         for one, state in zip(optimizers, trainer["optimizers"]):
             one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
         scaler.load_state_dict(trainer["scaler"])
+    peaks = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
     compiled = compile.lower() == "true" or compile.lower() == "auto" and (device.type == "cuda" or n_embd >= 512)
     if compiled:
         for layer in raw.model.layers:  # one by one: the first is compiled, the others share its code
@@ -471,30 +467,35 @@ def main():
     model = nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
 
     # what is going to happen
-    counts = {"norms": 0, "attention": 0, "MLP": 0, "embedding": 0}
-    for name, p in raw.named_parameters():
-        part = "norms" if "norm" in name else "attention" if "attn" in name else "MLP" if "mlp" in name else "embedding"
-        counts[part] += p.numel()
+    parts = {"embedding": "embed|lm_head", "attention": "attn", "MLP": "mlp", "norms": "norm"}
+    counts = {part: sum(p.numel() for name, p in raw.named_parameters() if re.search(word, name)) for part, word in parts.items()}
     tokens, n_params = targets.numel() * world, sum(counts.values())
     flops = 6 * n_params + 12 * n_layer * n_embd * block_size  # a token, forward and backward (PaLM, arXiv:2204.02311)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = next((peak * world for name, peak in PEAK_FLOPS.items() if name in chip), None)
     say(f"device     {world} x {chip}, {str(precision)[6:]}, {'compiled' if compiled else 'not compiled'}\n"
-        f"model      {size}, {n_params:,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in counts.items()) + "\n"
-        f"data       {meta['train_tokens']:,} tokens, {max_iters * tokens / meta['train_tokens']:.1f} epochs in "
-        f"{max_iters:,} iterations; {meta['val_tokens']:,} tokens to validate\n"
-        f"iteration  {tokens:,} tokens = {world} x {len(inputs) // micro} x {micro} x {block_size} (processes, "
-        f"micro-batches, sequences, tokens), {flops:.3g} FLOPs each\n"
+        f"model      {size}, {n_params:,} parameters: {', '.join(f'{part} {n:,}' for part, n in counts.items())}\n"
+        f"data       {meta['train_tokens']:,} tokens, {max_iters * tokens / meta['train_tokens']:.1f} epochs in {max_iters:,} "
+        f"iterations; {meta['val_tokens']:,} tokens for validation\n"
+        f"iteration  {tokens:,} tokens of {flops:.3g} FLOPs = {world} processes x {len(inputs) // micro} micro-batches x {micro} "
+        f"sequences x {block_size}\n"
         f"start      {source or 'scratch'}, iteration {iteration:,}; {', '.join(changed.values()) or 'no setting changed'}")
     signals = []
     def ask_to_stop(number, frame):  # a second signal ends at once; but torchrun repeats the Ctrl-C that it shares
         if signals and (world == 1 or time.time() > signals[0] + 2):
             os._exit(128 + number)
         signals.append(time.time())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
     tokenizer = Tokenizer.from_file(f"{data_dir}/tokenizer.json")
     options = {key: getattr(sample, key) for key in sample.OPTIONS} | {"max_new_tokens": 100, "seed": seed}
+    drawing = importlib.util.find_spec("matplotlib") is not None
+    if not drawing:
+        say("no loss.png: pip install matplotlib")
+    if wandb_log and rank == 0:
+        with explained("--wandb_log=true does not work: pip install wandb, and wandb login"):
+            import wandb
+            wandb.init(project="smollm2", name=out_dir, config={key: globals()[key] for key in config_keys})
     bar = tqdm(total=max_iters, initial=iteration, disable=None if rank == 0 else True, dynamic_ncols=True)
 
     row, skipped, stopping, first = {}, 0, False, iteration if saved else -1
@@ -511,11 +512,14 @@ def main():
         if rank == 0 and row:
             rows.append(row)
             log.writerow(row)
+            if wandb_log:
+                wandb.log(row, step=iteration)
         if rank == 0 and (due or stopping) and iteration > first:
             save_checkpoint(raw, iteration, row.get("val_loss"), {
                 "iteration": iteration, "rows": rows, "settings": {key: globals()[key] for key in config_keys},
                 "scaler": scaler.state_dict(), "optimizers": [one.state_dict()["state"] for one in optimizers]})
-            draw_curve(rows)
+            if drawing:
+                draw_curve(rows)
             with torch.compiler.set_stance("force_eager"):
                 say("".join(new for new, in sample.stream(raw.eval(), tokenizer, [meta["eos_token_id"]], 1, **options)))
             raw.train()
@@ -560,6 +564,10 @@ def main():
             row = {"iter": iteration, "train_loss": loss, "lr": rate, "grad_norm": mean_norm,
                    "tokens_per_second": round(speed)} | ({"mfu": speed * flops / peak} if peak else {})
     bar.close()
+    if not eval_only:
+        loss, _, best = min((entry[1], -entry[0], entry[2]) for entry in checkpoints(out_dir))
+        say(f"best validation loss {loss:.4f}, in {best}\nsample it:   python sample.py --model={out_dir}\n"
+            f"on a page:   python sample.py --model={out_dir} --web=true")
     if world > 1:
         dist.destroy_process_group()
 
