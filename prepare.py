@@ -90,11 +90,14 @@ def get_tokenizer(name, vocab_size, pieces):
     else:
         path = f"{name}/tokenizer.json" if os.path.isdir(name) else name
         tok = Tokenizer.from_file(path) if os.path.isfile(path) else Tokenizer.from_pretrained(name)
-    return Tokenizer.from_str(json.dumps(json.loads(tok.to_str()) | {"truncation": None, "padding": None}))
+    tok.no_truncation()
+    tok.no_padding()
+    return Tokenizer.from_str(tok.to_str())
 
 def fingerprint(tok):
     """sha256 of a tokenizers.Tokenizer, or of the one in a file: the same however the file is laid out."""
-    return hashlib.sha256((Tokenizer.from_file(tok) if isinstance(tok, str) else tok).to_str().encode()).hexdigest()
+    tok = json.loads((Tokenizer.from_file(tok) if isinstance(tok, str) else tok).to_str())
+    return hashlib.sha256(json.dumps(tok | {"truncation": None, "padding": None}).encode()).hexdigest()
 
 def encode(files, tokenizer, vocab_size, val_fraction, out):
     """Write the four files into the folder `out`, in memory that does not grow with the text; return a report."""

@@ -80,7 +80,7 @@ ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "m
 RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer", "learning_rate",
           "muon_learning_rate")
 SIZES = {name: dict(zip(RECIPE, row)) for name, row in {  # shapes of SmolLM2 (arXiv:2502.02737), and a tiny one
-    "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 2000, "muon", 4e-3, 0.03),
+    "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 2000, "adamw", 4e-3, 0.03),
     "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3, 0.02),
     "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3, 0.02),
     "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.02)}.items()}
