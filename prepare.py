@@ -29,8 +29,7 @@ def configure(config, argv):
     for arg in argv:
         key, equals, value = arg.removeprefix("--").partition("=")
         if arg in ("--help", "-h"):
-            print(config["__doc__"].strip(), block, sep="\n\n")
-            sys.exit()
+            sys.exit(print(config["__doc__"].strip(), block, sep="\n\n"))  # with status 0
         if not equals or key not in keys or not arg.startswith("--"):
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
             fail(f"{'unknown option' if equals else 'no = in'} {arg}: did you mean --{near}=VALUE? See --help")
@@ -44,9 +43,9 @@ def check(config, allowed):
     """Refuse a value of a config block that is not from its (lowest, highest) or of its [words], in any case."""
     for key, values in allowed.items():
         words = isinstance(values, list)
-        config[key] = config[key].lower() if words else config[key]
-        if not (config[key] in values if words else values[0] <= config[key] <= values[1]):
-            fail(f"--{key}={config[key]}: must be {' or '.join(values) if words else 'from %s to %s' % values}")
+        value = config[key] = config[key].lower() if words else config[key]
+        if not (value in values if words else values[0] <= value <= values[1]):
+            fail(f"--{key}={value}: must be {' or '.join(values) if words else 'from %s to %s' % values}")
 
 PIECE = 1 << 16  # characters tokenized at a time. Where CUT divides a text, its tokens are those of the whole:
 CUT = re.compile(r".*\S\n(?=\w)|.{65536,}\S(?= \S)|.{262144,}", re.S)  # after a line, else a word, else anywhere
@@ -90,14 +89,12 @@ def get_tokenizer(name, vocab_size, pieces):
     else:
         path = f"{name}/tokenizer.json" if os.path.isdir(name) else name
         tok = Tokenizer.from_file(path) if os.path.isfile(path) else Tokenizer.from_pretrained(name)
-    tok.no_truncation()
-    tok.no_padding()
-    return Tokenizer.from_str(tok.to_str())
+    return Tokenizer.from_str(json.dumps(json.loads(tok.to_str()) | {"truncation": None, "padding": None}))
 
-def fingerprint(tok):
-    """sha256 of a tokenizers.Tokenizer, or of the one in a file: the same however the file is laid out."""
-    tok = json.loads((Tokenizer.from_file(tok) if isinstance(tok, str) else tok).to_str())
-    return hashlib.sha256(json.dumps(tok | {"truncation": None, "padding": None}).encode()).hexdigest()
+def fingerprint(path):
+    """sha256 of the tokenizer in a tokenizer.json, the same however the file is laid out."""
+    values = json.loads(Tokenizer.from_file(str(path)).to_str()) | {"truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 def encode(files, tokenizer, vocab_size, val_fraction, out):
     """Write the four files into the folder `out`, in memory that does not grow with the text; return a report."""
@@ -125,10 +122,11 @@ def encode(files, tokenizer, vocab_size, val_fraction, out):
     if not meta["val_bytes"]:
         fail(f"{', '.join(files[:5])}: {total:,} bytes of text have no line to split at for validation: give more text")
     Path(out, "tokenizer.json").write_text(tok.to_str(pretty=True), "utf-8")
-    Path(out, "meta.json").write_text(json.dumps(dict(meta, tokenizer_sha256=fingerprint(tok)), indent=2) + "\n")
-    return (f"{total:,} bytes of text ({total - kept:,} lost by the tokenizer), {meta['train_tokens']:,} tokens to "
-            f"train on, {meta['val_tokens']:,} for validation, {meta['train_bytes'] / meta['train_tokens']:.2f} bytes "
-            f"each, {used.sum():,} of {size:,} different ones; it begins:\n{next(read(files, 300))[0][:300]}")
+    meta["tokenizer_sha256"] = fingerprint(out / "tokenizer.json")
+    Path(out, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return (f"{total:,} bytes of text ({total - kept:,} lost by the tokenizer), {meta['train_tokens']:,} tokens to train on, "
+            f"{meta['val_tokens']:,} for validation, {meta['train_bytes'] / meta['train_tokens']:.2f} bytes each, "
+            f"{used.sum():,} of {size:,} different ones; it begins:\n{next(read(files, 300))[0][:300]}")
 
 def prepare(input, tokenizer, vocab_size, val_fraction, data_dir):
     """Write train.bin, val.bin, tokenizer.json and meta.json into data_dir, all or none, and print what was found."""

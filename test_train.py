@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import prepare, sample, train
@@ -15,9 +16,8 @@ import prepare, sample, train
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"  # Tiny Shakespeare and SmolLM2's tokenizer, where they are to be had
 SHAPE = ("--device=cpu --dtype=float32 --compile=false --n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=32 "
-         "--intermediate_size=64 --block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --max_iters=12 "
-         "--eval_interval=4 --log_interval=2 --warmup_iters=2").split()
-
+         "--intermediate_size=64 --block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --optimizer=adamw "
+         "--max_iters=12 --eval_interval=4 --log_interval=2 --warmup_iters=2").split()
 
 def run(*args, cwd, status=0, **kwargs):
     """Run a script of this folder, as in run("train.py", "--max_iters=3", cwd=tmp_path); check its exit status."""
@@ -26,6 +26,21 @@ def run(*args, cwd, status=0, **kwargs):
     assert result.returncode == status, result.stderr + result.stdout
     return result
 
+def refusal(module, *args, cwd, monkeypatch):
+    """The line with which a script's main() ends on bad input: run in this process, and its globals put back later."""
+    for key, value in dict(vars(module)).items():
+        monkeypatch.setitem(vars(module), key, value)
+    monkeypatch.setattr(sys, "argv", ["script", *args])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(cwd)
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code.startswith("error: ") and "\n" not in end.value.code
+    return end.value.code
+
+def folder_bytes(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
@@ -361,9 +376,6 @@ def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(work, tmp_path
     assert process.wait(timeout=60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     process.communicate()
 
-def folder_bytes(folder):
-    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -379,18 +391,18 @@ class Malicious:
 
 NEWEST, OPEN = "out/step-0000012", lambda path: None
 BAD_INPUT = [  # what is done to a folder with data/ and out/, what train.py is told, what the one line must name
-    (OPEN, "--learning_rte=1", "--learning_rate"), (OPEN, "--size", "--size="), (OPEN, "max_iters=3", "max_iters=3"),
-    (OPEN, "--max_iters 3", "--max_iters"), (OPEN, "--max_iters=many", "a whole number"), (OPEN, "--max_iters=1.5", "a whole number"),
-    (OPEN, "--dropout=x", "a number"), (OPEN, "--eval_only=maybe", "true or false"), (OPEN, "--size=7b", "135m"),
+    (OPEN, "--learning_rte=1", "--learning_rate"), (OPEN, "--size", "--size=VALUE"), (OPEN, "max_iters=3", "max_iters=3"),
+    (OPEN, "--max_iters 3", "no = in"), (OPEN, "--max_iters=many", "of type int"), (OPEN, "--max_iters=1.5", "of type int"),
+    (OPEN, "--dropout=x", "of type float"), (OPEN, "--eval_only=maybe", "of type bool"), (OPEN, "--size=7b", "135m"),
     (OPEN, "--batch_size=-1", "--batch_size=-1"), (OPEN, "--n_head=-2 --out_dir=new", "--n_head=-2"),
     (OPEN, "--n_head=3 --out_dir=new", "--n_embd / --n_head"), (OPEN, "--n_kv_head=3 --out_dir=new", "--n_head / --n_kv_head"),
     (OPEN, "--n_embd=36 --out_dir=new", "rotary"), (OPEN, "--dropout=1", "--dropout=1.0"), (OPEN, "--dropout=nan", "--dropout=nan"),
     (OPEN, "--min_lr=9", "--min_lr=9.0"), (OPEN, "--warmup_iters=13", "--warmup_iters=13"), (OPEN, "--seed=-1", "--seed=-1"),
-    (OPEN, "--optimizer=sgd", "adamw, muon"), (OPEN, "--dtype=float64", "bfloat16"), (OPEN, "--compile=maybe", "true"),
+    (OPEN, "--optimizer=sgd", "adamw or muon"), (OPEN, "--dtype=float64", "bfloat16"), (OPEN, "--compile=maybe", "true"),
     (OPEN, "--device=cuda:99", "--device=cuda:99"), (OPEN, "--device=abacus", "abacus"),
     (OPEN, "--init_from=scratch", "holds a run"), (OPEN, "--init_from=resume --out_dir=new", "holds no run"),
     (OPEN, "--init_from=no/such-model --out_dir=new", "no/such-model"), (OPEN, "--n_layer=3", "--n_layer=3 (was 2)"),
-    (OPEN, "--optimizer=adamw", "--optimizer=adamw (was muon)"), (OPEN, "--block_size=20000", "--block_size=20000"),
+    (OPEN, "--optimizer=muon", "--optimizer=muon (was adamw)"), (OPEN, "--block_size=20000", "--block_size=20000"),
     (lambda w: (w / "data/meta.json").unlink(), "", "meta.json"), (lambda w: cut(w / "data/train.bin"), "", "do not belong"),
     (lambda w: (w / "data/train.bin").write_bytes(b"\1" * 20001), "", "do not belong"),
     (lambda w: rewrite(w / "data/meta.json", lambda meta: meta.update(tokenizer_sha256="0")), "", "do not belong"),
@@ -404,13 +416,538 @@ BAD_INPUT = [  # what is done to a folder with data/ and out/, what train.py is 
 ]
 
 @pytest.mark.parametrize("damage,args,named", BAD_INPUT, ids=[f"{row[1]} {row[2]}" for row in BAD_INPUT])
-def test_bad_input_is_explained(work, tmp_path, damage, args, named):
+def test_bad_input_is_explained(work, tmp_path, damage, args, named, monkeypatch):
     shutil.copytree(work, tmp_path / "w")
     damage(tmp_path / "w")
     before = folder_bytes(tmp_path)
-    quick = [flag for flag in SHAPE if args or "max_iters" not in flag]
-    error = run("train.py", *quick, "--optimizer=muon", *args.split(), cwd=tmp_path / "w", status=1).stderr
-    assert named in error and error.startswith("error: ") and error.count("\n") == 1
+    args = args.split(" ", 1 if " 3" in args else -1)
+    assert named in refusal(train, *SHAPE, *filter(None, args), cwd=tmp_path / "w", monkeypatch=monkeypatch)
     after = folder_bytes(tmp_path)
-    assert {path: after[path] for path in before} == before, "something that was there has changed"
+    assert {path: after[path] for path in before} == before and not (tmp_path / "w/pwned").exists()
     assert {path.name for path in after.keys() - before.keys()} <= {"log.csv"}
+
+def test_the_commands_of_the_readme_work(work, tmp_path):
+    """Every python command of the README that needs no network, with the shape of a toy."""
+    for path in ("data", "out"):
+        shutil.copytree(work / path, tmp_path / path)
+    shutil.copy(ROOT / "input.txt", tmp_path / "my.txt")
+    commands = re.findall(r"(?m)^python ((?:prepare|train|sample)\.py[^#\n|&]*)", (ROOT / "README.md").read_text())
+    commands = [line.split() for line in commands if not re.search("http|HuggingFaceTB|web|135m|360m|1.7b|cuda|wandb", line)]
+    assert len(commands) > 5
+    for number, (script, *flags) in enumerate(commands):
+        if script == "train.py" and "--help" not in flags:
+            flags = [*SHAPE, f"--data_dir={work}/data", *flags, "--max_iters=2", f"--out_dir={number}"]
+        run(script, *(flag.strip("'\"") for flag in flags), cwd=tmp_path)
+
+# ------------------------------------------------------------------------------------------------------ preparation
+PROSE = "An old man said:\r\nstill 1234 geese...\n\nДва слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend" * 30
+
+def prepared(folder):
+    """(meta, token ids of both splits in a row, Tokenizer) of a data folder whose counts agree with its files."""
+    meta = json.loads(Path(folder, "meta.json").read_text())
+    train_ids, val_ids = (np.fromfile(Path(folder, f"{split}.bin"), "<u2") for split in ("train", "val"))
+    tok = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    assert (len(train_ids), len(val_ids)) == (meta["train_tokens"], meta["val_tokens"])
+    assert train_ids[0] == val_ids[0] == meta["eos_token_id"] and meta["vocab_size"] == tok.get_vocab_size()
+    assert meta["tokenizer_sha256"] == prepare.fingerprint(f"{folder}/tokenizer.json") and len(os.listdir(folder)) == 4
+    return meta, np.concatenate((train_ids, val_ids)), tok
+
+def documents(folder):
+    """The texts between ends of text, as bytes, but not split where validation starts."""
+    meta, ids, tok = prepared(folder)
+    ids, eot = np.delete(ids, [0, meta["train_tokens"]]), meta["eos_token_id"]
+    texts = [tok.decode(part[part != eot].tolist()).encode() for part in np.split(ids, np.flatnonzero(ids == eot))[:-1]]
+    assert ids[-1] == eot and sum(map(len, texts)) == meta["train_bytes"] + meta["val_bytes"]
+    return texts
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+def test_prepare_loses_no_byte(tmp_path):
+    (tmp_path / "input.txt").write_bytes(b"\xef\xbb\xbf" + PROSE.encode())
+    out = run("prepare.py", "--vocab_size=400", cwd=tmp_path)
+    assert documents(tmp_path / "data") == [PROSE.replace("\r\n", "\n").encode()]
+    assert abs(prepared(tmp_path / "data")[0]["val_bytes"] / 3270 - 0.1) < 0.03 and out.stderr == ""
+    assert "(0 lost" in out.stdout and "An old man said:\n" in out.stdout
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"there is no {SHARED}")
+def test_tiny_shakespeare_is_341094_tokens_however_it_is_cut(tmp_path, monkeypatch):
+    text = (SHARED / "tinyshakespeare.txt").read_text()
+    for piece in prepare.PIECE, 301:
+        monkeypatch.setattr(prepare, "PIECE", piece)
+        prepare.prepare(f"{SHARED}/tinyshakespeare.txt", f"{SHARED}/smollm2", 4096, 0.1, tmp_path / "data")
+        meta, ids, tok = prepared(tmp_path / "data")
+        ids = ids[ids != meta["eos_token_id"]].tolist()
+        assert len(ids) == 341_094 and ids == tok.encode(text, add_special_tokens=False).ids
+
+@pytest.mark.parametrize("size, text", [(1, PROSE), (7, PROSE), (300, PROSE), (1 << 16, "a line has no end " * 9000),
+                                        (9000, "字" * 90_000 + "\n- a\n\n c\nd" * 40)], ids=lambda value: str(value)[:9])
+def test_pieces_have_the_tokens_of_the_whole(tmp_path, size, text):
+    path, tok = tmp_path / "text.txt", prepare.get_tokenizer("bpe", 300, [(text[:2000], True)])
+    path.write_text(text)
+    pieces = [piece for piece, _ in prepare.read([str(path)], size)]
+    assert len(pieces) > 1 and "".join(pieces) == path.read_text()
+    assert sum((tok.encode(piece).ids for piece in pieces), []) == tok.encode(path.read_text()).ids
+
+def test_every_kind_of_input_and_an_end_of_text_after_each_document(tmp_path):
+    import functools, http.server, threading
+    stories, folder = [f"Story {i}:\na tale of {i * i} geese." for i in range(20)], tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    for name, text in (".hidden", "no"), ("a.txt", stories[0]), ("deep/b,c.txt", stories[1]):
+        (folder / name).write_text(text)
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"id": 1, "text": story}) + "\n" for story in stories[2:]))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for names in f"{folder},{tmp_path}/many.jsonl", f"{folder},{url}/many.jsonl?download=true":
+            prepare.prepare(names, "bpe", 300, 0.2, tmp_path / "data")
+            assert documents(tmp_path / "data") == [story.encode() for story in stories]
+        with pytest.raises(SystemExit, match="nothing.txt.*404"):
+            prepare.prepare(f"{url}/nothing.txt", "bpe", 300, 0.2, tmp_path / "data")
+        server.shutdown()
+    prepare.prepare(f"{folder}/deep/b,c.txt", "bpe", 300, 0.8, tmp_path / "data")
+    assert documents(tmp_path / "data") == [stories[1].encode()]
+
+def test_a_tokenizer_that_loses_bytes_is_reported(tmp_path, capsys):
+    parts = json.loads(prepare.get_tokenizer("bpe", 300, [("abc abc", True)]).to_str())
+    del parts["model"]["vocab"]["Ĕ"], parts["model"]["vocab"]["ñ"]  # how byte-level BPE writes the bytes 14 and f1
+    (tmp_path / "lossy.json").write_text(json.dumps(parts))
+    (tmp_path / "a.txt").write_text("abc \x14 abc \U00040000.\n" * 50)
+    prepare.prepare(str(tmp_path / "a.txt"), str(tmp_path / "lossy.json"), 4096, 0.1, tmp_path / "data")
+    assert "(100 lost" in capsys.readouterr().out
+
+TEXT = b"a line of text\n" * 50
+BAD_INPUT = [  # what is wrong in a file (text, or the vocabulary of t.json), arguments, what the message names
+    (None, "--inptu=a.txt", "--input="), (None, "--input a.txt", "no = in --input"), (None, "a.txt", "a.txt"),
+    (None, "--vocab_size=ten", "int"), (None, "--vocab_size=256", "from 257"), (None, "--vocab_size=65537", "65536"),
+    (None, "--val_fraction=0", "0.0001"), (None, "--val_fraction=nan", "nan"), (None, "--val_fraction=", "float"),
+    (None, "--input=no.txt", "no.txt"), (None, "--input=input.txt,b.txt", "b.txt"), (None, "--input=", "0 bytes"),
+    (b"", "", "input.txt: 0 bytes"), (b"x", "", "input.txt: 1 bytes"), (b"one line, with its end\n", "", "no line"),
+    (TEXT + b"\0", "", "input.txt is not text"), ("a\nb".encode("utf-16"), "", "input.txt"),
+    (TEXT * 999 + b"caf\xe9", "", "byte 749,253 "), (b"\xef\xbb\xbf" + TEXT + b"\xe9", "", "byte 753 "),
+    (b'{"text": "a"}\n{"text": "b"\n', "--input=a.jsonl", "a.jsonl, line 2"),
+    (b'{"text": "a"}\n{"body": "b"}\n', "--input=a.jsonl", "a.jsonl, line 2"),
+    (b'{"text": 3}\n', "--input=a.jsonl", "a.jsonl, line 1"), (b'["text"]\n', "--input=a.jsonl", "a.jsonl, line 1"),
+    (b'{"text": "\\ud800"}', "--input=a.jsonl", "line 1"), (None, "--tokenizer=input.txt", "tokenizer input.txt"),
+    (None, "--input=http://[", "http://["), (None, "--input=http://127.0.0.1:9/a.txt", "127.0.0.1:9"),
+    (None, "--data_dir=input.txt", "make input.txt"), (None, "--data_dir=input.txt/data", "make input.txt/data"),
+    ({"a": 0}, "--tokenizer=t.json", "end of text None"), ({"</s>": 70_000}, "--tokenizer=t.json", "70,001 ids")]
+
+@pytest.mark.parametrize("wrong, args, culprit", BAD_INPUT, ids=[f"{row[1]} {row[2]}" for row in BAD_INPUT])
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, wrong, args, culprit):
+    spec = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": wrong, "unk_token": "a"}}
+    (tmp_path / "t.json").write_text(json.dumps(spec, default=str))
+    for name in "input.txt", "a.jsonl":
+        (tmp_path / name).write_bytes(wrong if isinstance(wrong, bytes) else TEXT)
+    monkeypatch.chdir(tmp_path)
+    before, config = snapshot(tmp_path), dict(vars(prepare))
+    with pytest.raises(SystemExit) as stop:  # of a string: Python prints it on stderr and exits with status 1
+        prepare.configure(config, args.split())
+        prepare.prepare(*(config[key] for key in ("input", "tokenizer", "vocab_size", "val_fraction", "data_dir")))
+    message = stop.value.code
+    assert message.startswith("error: ") and culprit in message and "\n" not in message and snapshot(tmp_path) == before
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_preparation_that_fails_or_is_stopped_changes_nothing(tmp_path, number):
+    (tmp_path / "input.txt").write_text(PROSE * 500)
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--vocab_size=260"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / ".data-tmp" / "train.bin").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert not (tmp_path / "data").exists() and out == "" and "Traceback" not in err
+    if number != signal.SIGKILL:
+        assert process.returncode == 1 and re.fullmatch("error: .*Interrupt.*\n", err) and len(snapshot(tmp_path)) == 1
+        return
+    (tmp_path / "input.txt").write_bytes(PROSE.encode())  # .data-tmp is still there, and the next one cleans up
+    run("prepare.py", "--vocab_size=260", cwd=tmp_path)
+    before = snapshot(tmp_path)
+    assert len(before) == 6 and documents(tmp_path / "data") == [PROSE.replace("\r\n", "\n").encode()]
+    (tmp_path / "input.txt").write_bytes(b"\xff")
+    assert run("prepare.py", cwd=tmp_path, status=1).stderr == "error: input.txt: byte 0 is not UTF-8: convert it\n"
+    assert snapshot(tmp_path) | {Path("input.txt"): PROSE.encode()} == before
+GREEDY = dict(max_new_tokens=20, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=1)
+
+@pytest.fixture(scope="session")
+def folder(work):
+    return sample.find_model(work / "out")
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_equals_transformers(folder, dtype):
+    from transformers import AutoModelForCausalLM
+    llama, tokens = sample.load_model(folder).eval().to(dtype), torch.randint(1, 500, (3, 10))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    llama.config.eos_token_id = None
+    assert torch.equal(torch.cat(list(sample.generate(llama, tokens, **GREEDY)), 1), theirs[:, 10:])
+
+def test_stream_gives_whole_characters_and_ends_each_sample(folder, monkeypatch):
+    tokenizer, llama = Tokenizer.from_file(f"{folder}/tokenizer.json"), sample.load_model(folder)
+    text, end = "Zoë 日本 👍🏽!", llama.config.eos_token_id
+    ids = tokenizer.encode(text).ids
+    rows = torch.tensor([ids[:4] + [end] + ids[5:], ids])
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: rows.T[:, :, None])
+    pieces = list(sample.stream(llama, tokenizer, [end], 2))
+    assert "".join(second for _, second in pieces) == text and not any("\ufffd" in piece for _, piece in pieces)
+    assert not any(first for first, _ in pieces[4:]) and pieces[0][0]
+
+def test_sampling_slides_and_has_its_own_random_numbers(folder):
+    llama, before = sample.load_model(folder).eval(), torch.get_rng_state()
+    options = GREEDY | {"max_new_tokens": 50, "temperature": 1}  # the context is 32
+    llama.config.eos_token_id = None
+    first, second = (torch.cat(list(sample.generate(llama, torch.ones(2, 5, dtype=int), **options)), 1) for _ in "12")
+    assert first.shape == (2, 50) and torch.equal(first, second) and not torch.equal(first[0], first[1])
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_command_line(work, tmp_path):
+    (tmp_path / "prompt.txt").write_text("The")
+    args = ["sample.py", "--device=cpu", f"--prompt=FILE:{tmp_path}/prompt.txt", "--num_samples=3"]
+    first, again = run(*args, cwd=work), run(*args, cwd=work)
+    assert first.stdout == again.stdout != run(*args, "--seed=7", cwd=work).stdout
+    samples = first.stdout.split("\n" + "-" * 20 + "\n")
+    assert len(samples) == 3 and all(text.startswith("The") for text in samples)
+    assert "past 32 tokens" in first.stderr and "tokens/s" in first.stderr
+    assert run(*args[:2], "--temperature=0", cwd=work).stdout.strip()  # without a prompt
+    assert "context" in run(*args[:2], "--prompt=" + "word " * 99, cwd=work, status=1).stderr
+
+def test_ctrl_c_leaves_the_text_so_far(work):
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--prompt=Hello", "--max_new_tokens=1000000000",
+                                "--device=cpu"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(6)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and rest.endswith(b"\n") and b"Traceback" not in errors
+
+def test_folders_of_transformers_load(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    for tied in (True, False):
+        theirs = LlamaForCausalLM(LlamaConfig(
+            vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            tie_word_embeddings=tied, eos_token_id=None, bos_token_id=None, rope_parameters={"rope_theta": 5e4}))
+        theirs.save_pretrained(tmp_path / f"{tied}", max_shard_size="20KB")
+        ours, tokens = sample.load_model(tmp_path / f"{tied}"), torch.arange(60)[None]
+        assert len(list(tmp_path.glob(f"{tied}/*.safetensors"))) > 1 and sample.end_ids(ours) == []
+        torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+
+NORM = "model.norm.weight"
+BAD_FOLDERS = [  # a word of the message, what is changed in config.json, which tensors are changed
+    ("attention_bias", {"attention_bias": True}, {}), ("mlp_bias", {"mlp_bias": True}, {}),
+    ("gelu", {"hidden_act": "gelu"}, {}), ("rope_scaling", {"rope_scaling": {"type": "linear", "factor": 2.0}}, {}),
+    ("rope_type", {"rope_parameters": {"rope_type": "yarn"}}, {}), ("lm_head", {"tie_word_embeddings": False}, {}),
+    ("num_hidden_layers", {"num_hidden_layers": None}, {}), ("config.json", {"hidden_size": "abc"}, {}),
+    ("config.json", {"num_attention_heads": 0}, {}), ("config.json", {"hidden_size": -4}, {}),
+    ("config.json", {"rope_theta": []}, {}), ("config.json", {"eos_token_id": 9999}, {}),
+    (NORM, {}, {NORM: None}), (NORM, {}, {NORM: torch.ones(31)}), ("extra", {}, {"extra.bias": torch.ones(3)})]
+
+@pytest.mark.parametrize("culprit, config, tensors", BAD_FOLDERS)
+def test_bad_folders_are_refused_by_name(folder, tmp_path, culprit, config, tensors):
+    config = json.loads((folder / "config.json").read_text()) | config
+    tensors = {k: v for k, v in (load_file(folder / "model.safetensors") | tensors).items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match=culprit) as end:
+        sample.load_model(tmp_path)
+    assert "\n" not in str(end.value) and before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+@pytest.mark.parametrize("flag", (
+    "--temperature=-1 --temperature=nan --top_p=0 --top_p=1.5 --min_p=2 --top_k=-1 --num_samples=0 --seed=-1 "
+    "--max_new_tokens=0 --port=70000 --dtype=int8 --model=no/such --prompt=FILE:no --tempature=1").split())
+def test_bad_sampling_flags_are_named(work, flag, monkeypatch, capsys):
+    assert flag[2:].split("=")[0] in refusal(sample, "--device=cpu", flag, cwd=work, monkeypatch=monkeypatch)
+    assert not capsys.readouterr().out
+
+@pytest.fixture(scope="session")
+def page(work):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    import contextlib, urllib.request
+    port = 20_000 + os.getpid() % 10_000
+    server = subprocess.Popen([sys.executable, ROOT / "sample.py", "--web=True", f"--port={port}"], cwd=work)
+    while server.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}")
+            break
+        time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}"
+    assert server.poll() is None  # no request has ended it
+    server.send_signal(signal.SIGINT)
+    assert server.wait(60) == 130
+
+def test_page_serves_two_at_once_and_survives_bad_input(page):
+    from gradio_client import Client
+    one, two = Client(page, verbose=False), Client(page, verbose=False)
+    jobs = [client.submit(text, 50, 0.8, 1, 0, 1) for client, text in ((one, "First"), (two, "Second"), (one, "First"))]
+    first, second, third = (job.result(timeout=120) for job in jobs)
+    assert first == third and first.startswith("First") and second.startswith("Second") and "First" not in second
+    for values in (("Bad", 50, 0.8, 1, 0, None), ("Bad", 50, -1, 1, 0, 1), ("word " * 99, 50, 0.8, 1, 0, 1)):
+        with pytest.raises(Exception):
+            one.predict(*values)
+
+def test_page_in_a_browser(page, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options, driver = webdriver.ChromeOptions(), shutil.which("chromedriver")
+    options.binary_location = shutil.which("chromium") or ""
+    if not driver or not options.binary_location:
+        pytest.skip("Chromium and its driver are not installed")
+    for flag in ("headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync "
+                 f"disable-component-update user-data-dir={tmp_path}").split():
+        options.add_argument("--" + flag)
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        browser.implicitly_wait(60)
+        browser.get(page)
+        browser.find_element("xpath", "//button[contains(., 'Generate')]")
+        prompt, text = browser.find_elements("tag name", "textarea")
+        prompt.send_keys("Hello")
+        browser.find_element("css selector", "input[type=number]").send_keys("\ue009a\ue0002000")  # Control-A first
+        browser.find_element("xpath", "//button[contains(., 'Generate')]").click()
+        told = ["Hello"]
+        while len(told) < 4:  # it grows
+            told += [now for now in [text.get_property("value")] if len(now) > len(told[-1])]
+        browser.find_element("xpath", "//button[contains(., 'Stop')]").click()
+        browser.find_element("xpath", "//button[contains(., 'Generate')]")
+        told.append(text.get_property("value"))
+        time.sleep(2)
+        assert told[-1].startswith("Hello") and text.get_property("value") == told[-1]
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+def test_filters_equal_transformers(monkeypatch):
+    import transformers.generation as g
+    monkeypatch.setattr(torch, "multinomial", lambda probs, *_, **__: probs)
+    logits, tokens = 3 * torch.randn(8, 50), torch.randint(50, (8, 6))
+    ours = sample.choose(logits, tokens, 0.7, 20, 0.8, 0.05, 1.7, None)
+    for kind, value in ((g.RepetitionPenaltyLogitsProcessor, 1.7), (g.TemperatureLogitsWarper, 0.7),
+                        (g.TopKLogitsWarper, 20), (g.TopPLogitsWarper, 0.8), (g.MinPLogitsWarper, 0.05)):
+        logits = kind(value)(tokens, logits)
+    torch.testing.assert_close(ours / ours.sum(1, keepdim=True), logits.softmax(1))
+
+
+# -------------------------------------------------------------------------------------------------------- benchmark
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", 5))  # timed turns of each side; the tables show their medians
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PRECISION = torch.bfloat16 if GPU or torch.cpu._is_avx512_bf16_supported() else torch.float32  # as train.py chooses
+BIG, PARAMETERS, NEW = train.SIZES["135m"], 134_515_008, 256  # the model; its parameters; tokens to sample
+SHAKESPEARE = SHARED / "tinyshakespeare.txt"
+PREPARE = """
+import json, sys, time
+who, root, text, tokenizer, out = sys.argv[1:]
+sys.path.insert(0, root)
+import prepare  # and not torch, which would count as memory
+answers, sys.stdout = sys.stdout, sys.stderr
+file, tok = open(text, encoding="utf-8"), prepare.Tokenizer.from_file(tokenizer)
+pieces = list(iter(lambda: file.read(65536), "")) if who == "theirs" else []
+for _ in sys.stdin:
+    start = time.perf_counter()
+    if who == "ours":
+        prepare.prepare(text, tokenizer, 4096, 0.1, out)
+    for i in range(0, len(pieces), 256):  # 16 MB at a time: what comes back takes many times the memory of the text
+        tok.encode_batch(pieces[i:i + 256], add_special_tokens=False)
+    print(json.dumps({"seconds": time.perf_counter() - start}), file=answers, flush=True)
+"""
+
+def build(who, dtype, positions):
+    """SmolLM2-135M, of train.py or of transformers, with the same random weights in both."""
+    from types import SimpleNamespace
+    config = train.ONLY | {name: BIG[key] for key, name in train.HF_NAMES.items()} | {
+        "tie_word_embeddings": True, "head_dim": BIG["n_embd"] // BIG["n_head"], "max_position_embeddings": positions,
+        "initializer_range": BIG["n_embd"] ** -0.5, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": BIG["rope_theta"]}}  # for transformers 5
+    if who == "ours":
+        model = train.Llama(SimpleNamespace(**config)).to(dtype)
+    else:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=dtype, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, p in sorted(model.named_parameters()):  # both have the same names
+            p.fill_(1) if p.dim() == 1 else p.normal_(std=BIG["n_embd"] ** -0.5)
+    return model.to(DEVICE)
+
+def step_worker(who, mode, batch, length):
+    """A function that trains 135m for an iteration and returns the loss."""
+    model = build(who, torch.float32, length).train()
+    x, y = torch.randint(49152, (2, batch, length)).to(DEVICE)  # the same for all: build has set the seed
+    if mode == "compiled":  # ours as train.py does it
+        for part in model.model.layers if who == "ours" else [model]:
+            part.compile(dynamic=False)
+        train.slice_loss = torch.compile(train.slice_loss, dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1, fused=True)
+    labels = {} if who == "ours" else {"labels": y, "shift_labels": y, "use_cache": False}
+    def step():
+        with torch.autocast(DEVICE, PRECISION, enabled=PRECISION != torch.float32):
+            loss = model(x, **labels).loss if labels else model(x, y) / y.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()  # waits for a GPU
+    return step
+
+def products_worker(batch, length):
+    """A function that computes the matrix products of that iteration alone, each forward and twice backward."""
+    C, M, KV = BIG["n_embd"], BIG["intermediate_size"], BIG["n_embd"] // BIG["n_head"] * BIG["n_kv_head"]
+    shapes = [(C, C), (KV, C), (KV, C), (C, C), (M, C), (M, C), (C, M)] * BIG["n_layer"] + [(BIG["vocab_size"], C)]
+    weights = [torch.randn(shape, dtype=PRECISION, device=DEVICE) for shape in shapes]
+    values = {n: torch.randn(batch * length, n, dtype=PRECISION, device=DEVICE) for n in set(sum(shapes, ()))}
+    def products():
+        for weight in weights:
+            y, x = (values[n] for n in weight.shape)
+            forward, x_grad, weight_grad = torch.mm(x, weight.t()), torch.mm(y, weight), torch.mm(y.t(), x)
+        return weight_grad[0, 0].item()
+    return products
+
+def sample_worker(who, dtype, batch):
+    """A function that returns NEW tokens after each of `batch` prompts of 128."""
+    model, prompts = build(who, getattr(torch, dtype), 2048).eval(), torch.randint(49152, (batch, 128)).to(DEVICE)
+    options = {key: getattr(sample, key) for key in sample.OPTIONS} | {"max_new_tokens": NEW, "temperature": 0.0}
+    if who == "ours":
+        return lambda: torch.cat(list(sample.generate(model, prompts, **options)), 1).tolist()
+    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": NEW, "do_sample": False}
+    return lambda: model.generate(prompts, **options)[:, 128:].tolist()
+
+def bandwidth_worker():
+    """A function that reads 1 GiB of memory."""
+    return lambda values=torch.ones(2 ** 28, device=DEVICE): values.sum().item()
+
+def serve(kind, *args):
+    """A process of the benchmark: for each line of stdin, time what a worker returned; answer with a line of JSON."""
+    import timeit
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_float32_matmul_precision("high")  # as train.py has it
+    function = globals()[kind](*(int(a) if a.isdigit() else a for a in args))
+    for _ in sys.stdin:
+        results, count = [], 11 if GPU and kind != "sample_worker" else 1
+        times = timeit.repeat(lambda: results.append(function()), number=1, repeat=count)
+        answer = {"seconds": float(np.median(times[1:] or times)), "result": results[0]}
+        if GPU:
+            answer["MB"] = torch.cuda.max_memory_allocated() / 1e6
+            torch.cuda.empty_cache()  # room for the others
+        print(json.dumps(answer), file=answers, flush=True)
+
+def alternate(commands, rounds=ROUNDS, warm_up=1):
+    """Let a process for each {name: command} take turns: {name: {seconds: median, MB: peak memory, result: of the first
+    turn}}. Those of a process that fails are nan and None; it tells why on stderr."""
+    pipes, answers = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}, {name: [] for name in commands}
+    processes = {name: subprocess.Popen([sys.executable, *map(str, command)], text=True, **pipes)
+                 for name, command in commands.items()}
+    for turn in range(rounds + warm_up):
+        for name, process in processes.items():
+            answer = {"seconds": math.nan, "MB": math.nan, "result": None}
+            if process.poll() is None:
+                print(file=process.stdin, flush=True)
+                answer |= json.loads(process.stdout.readline() or "{}")
+            peak = re.search(r"VmHWM:\s*(\d+)", subprocess.getoutput(f"cat /proc/{process.pid}/status"))
+            if peak and not GPU:  # its ru_maxrss would not be below that of this process, its parent
+                answer["MB"] = int(peak[1]) * 1024 / 1e6
+            answers[name].append(answer)
+            print(f"turn {turn + 1} of {rounds + warm_up}: {name} {answer['seconds']:.3f} s", file=sys.stderr)
+    for process in processes.values():
+        process.communicate()  # which ends its stdin, and so the process
+    return {name: given[-1] | {"seconds": np.median([answer["seconds"] for answer in given[warm_up:]]),
+                               "result": given[0]["result"]} for name, given in answers.items()}
+
+def table(title, rows):
+    cells = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print(f"\n{title}\n")
+    for row in (cells[0], ["-" * width for width in widths], *cells[1:]):
+        print("|", " | ".join(cell.ljust(width) for cell, width in zip(row, widths)), "|", flush=True)
+
+def bench_step(folder):
+    sides = "ours compiled", "theirs compiled", "ours eager", "theirs eager"
+    peaks = [peak for name, peak in getattr(train, "PEAK_FLOPS", {}).items()
+             if GPU and name in torch.cuda.get_device_name()]
+    for size in ((16, 1024), (16, 2048)) if GPU else ((4, 256),):
+        found = alternate({side: (__file__, "worker", "step_worker", *side.split(), *size) for side in sides} | {
+            "products alone": (__file__, "worker", "products_worker", *size)})
+        flops = (6 * PARAMETERS + 12 * BIG["n_layer"] * BIG["n_embd"] * size[1]) * math.prod(size)  # as PaLM counts
+        compiled, eager, products = (found[name]["seconds"] for name in (sides[1], sides[3], "products alone"))
+        table(f"Training step, 135m, {size[0]} x {size[1]} tokens, {PRECISION}; theirs: transformers with SDPA", [{
+            "": name, "s": f"{a['seconds']:.3f}", "tokens/s": f"{math.prod(size) / a['seconds']:,.0f}",
+            "x theirs eager, compiled": f"{eager / a['seconds']:.2f}, {compiled / a['seconds']:.2f}",
+            "of the products' rate": f"{products / a['seconds']:.0%}",
+            "MFU": f"{flops / a['seconds'] / peaks[0]:.1%}" if peaks else "n/a",
+            "peak MB": f"{a['MB']:,.0f}", "MB x theirs eager": f"{a['MB'] / found['theirs eager']['MB']:.2f}",
+            "loss": "" if "products" in name else a["result"]} for name, a in found.items()])
+
+def bench_sample(folder):
+    rows, single = [], {}
+    for dtype, batch in [("bfloat16", 1), ("bfloat16", 8), ("float32", 1), ("float32", 8)][:2 if GPU else 4]:
+        found = alternate({who: (__file__, "worker", "sample_worker", who, dtype, batch) for who in ("ours", "theirs")}
+                          | {"bandwidth": (__file__, "worker", "bandwidth_worker")})
+        bandwidth = 2 ** 30 / found.pop("bandwidth")["seconds"]
+        limit = NEW * PARAMETERS * getattr(torch, dtype).itemsize / bandwidth  # seconds to read all weights NEW times
+        texts = zip(*(a["result"] or [] for a in found.values()))  # past its first difference a text does not count
+        same = sum(next((i for i in range(NEW) if ours[i] != theirs[i]), NEW) for ours, theirs in texts)
+        one = single.setdefault(dtype, found["theirs"]["seconds"])
+        rows += [{"": f"{who}, {dtype} x {batch}", "tokens/s": f"{batch * NEW / a['seconds']:.1f}",
+                  "x theirs": f"{found['theirs']['seconds'] / a['seconds']:.2f}",
+                  "x theirs single": f"{batch * one / a['seconds']:.2f}",
+                  "of the bandwidth": f"{limit / a['seconds']:.0%} of {bandwidth / 1e9:.1f} GB/s",
+                  "peak MB": f"{a['MB']:,.0f}", "same tokens": f"{same} of {batch * NEW}"} for who, a in found.items()]
+    table(f"Sampling, 135m, prompt of 128, {NEW} new tokens, greedy; theirs: generate of transformers", rows)
+
+def bench_prepare(folder, size=10 ** 8, rounds=ROUNDS):
+    text, source = folder / "text.txt", SHAKESPEARE if SHAKESPEARE.exists() else ROOT / "input.txt"
+    size = text.write_bytes(source.read_bytes() * round(size / source.stat().st_size))
+    tokenizer = SHARED / "smollm2" / "tokenizer.json"
+    if not tokenizer.exists():
+        run("prepare.py", f"--input={source}", cwd=folder)
+        tokenizer = shutil.copy(folder / "data" / "tokenizer.json", folder)
+    found = alternate({who: ("-c", PREPARE, who, ROOT, text, tokenizer, folder / "data")
+                       for who in ("ours", "theirs")}, rounds, warm_up=int(rounds > 1))
+    table(f"Preparing {size / 1e6:,.0f} MB, {tokenizer}; theirs: encode_batch on 64 kB pieces in memory", [{
+        "": who, "s": f"{a['seconds']:.1f}", "MB/s": f"{size / 1e6 / a['seconds']:.2f}",
+        "x theirs": f"{found['theirs']['seconds'] / a['seconds']:.2f}", "peak MB": f"{a['MB']:,.0f}"}
+        for who, a in found.items()])
+
+def bench_cold(folder):
+    (folder / "input.txt").write_text((ROOT / "input.txt").read_text("utf-8")[:20_000], "utf-8")
+    run("prepare.py", "--vocab_size=300", "--val_fraction=0.02", cwd=folder)
+    for size, args in ("tiny", ""), ("135m", "--batch_size=1 --gradient_accumulation_steps=1 --block_size=256"):
+        command = [sys.executable, ROOT / "train.py", f"--device={DEVICE}", "--log_interval=1", f"--size={size}"]
+        times = []
+        for turn in range(2 * ROUNDS):  # with a cold cache, a warm one, a cold one ...
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache-{size}-{turn // 2}", "PYTHONUNBUFFERED": "1"}
+            start = time.perf_counter()
+            process = subprocess.Popen(command + args.split(), cwd=folder, env=os.environ | cache, text=True,
+                                       stdout=subprocess.PIPE)
+            done = any(re.match("iteration 1: (?!validation)", line) for line in process.stdout)
+            times.append(time.perf_counter() - start if done else math.nan)
+            process.kill()
+            process.communicate()
+        table(f"Cold start, --size={size} {args}: launch to first iteration, past an evaluation, checkpoint, sample",
+              [{name: f"{np.median(times[i::2]):.1f} s" for i, name in enumerate(("cold cache", "warm cache"))}])
+
+def bench_learn(folder):
+    if not SHAKESPEARE.exists():
+        return print(f"\nLearning: skipped, there is no {SHAKESPEARE}")
+    clock = [time.perf_counter()]
+    for args in ("prepare.py", f"--input={SHAKESPEARE}"), ("train.py", "--size=tiny"):
+        subprocess.run([sys.executable, ROOT / args[0], *args[1:]], cwd=folder, check=True, capture_output=True)
+        clock.append(time.perf_counter())
+    *_, last = csv.DictReader(open(folder / "out" / "log.csv"))
+    table("Learning: tiny on Tiny Shakespeare, seconds of whole processes", [{
+        "iterations": last["iter"], "bits per byte": f"{float(last['val_bpb']):.4f}",
+        "prepare.py": f"{clock[1] - clock[0]:.1f}", "train.py": f"{clock[2] - clock[1]:.1f}"}])
+
+def benchmark(names):
+    """The parts that are named; with no name all but prepare1gb, which BENCH_FULL=1 adds."""
+    import importlib.metadata, tempfile
+    if names[:1] == ["worker"]:
+        return serve(*names[1:])
+    parts = {"step": bench_step, "sample": bench_sample, "prepare": bench_prepare, "cold": bench_cold,
+             "learn": bench_learn, "prepare1gb": lambda folder: bench_prepare(folder, 10 ** 9, 1)}
+    cpu = re.findall("model name\t*: (.*)", subprocess.getoutput("cat /proc/cpuinfo"))[:1]
+    print(torch.cuda.get_device_name() if GPU else "no GPU", *cpu, f"{os.cpu_count()} cores",
+          f"python {sys.version.split()[0]}", f"torch {torch.__version__}",
+          f"transformers {importlib.metadata.version('transformers')}; medians of {ROUNDS} turns", sep=", ")
+    for name in names or list(parts)[:6 if "BENCH_FULL" in os.environ else 5]:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"  # the usual one may hold what a kill left behind
+            parts[name](Path(folder))
+
+if __name__ == "__main__":
+    benchmark(sys.argv[1:])
