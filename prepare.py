@@ -14,7 +14,7 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------- config
 input = "input.txt"  # text, or .jsonl with a "text" field: a file, a folder, a URL, or several with commas between
 tokenizer = "bpe"    # bpe (trained on the input), a tokenizer.json, a folder that holds one, or a hub id
-vocab_size = 4096    # of the bpe tokenizer: 257 to 65536
+vocab_size = 2048    # of the bpe tokenizer: 257 to 65536
 val_fraction = 0.1   # of the text's bytes, the last ones, are for validation: 0.0001 to 0.9999
 data_dir = "data"    # where the four files go
 # ---------------------------------------------------------------------------------- options, for all three scripts

@@ -6,7 +6,7 @@ $ python train.py --size=135m --batch_size=4 --max_iters=100 # any value of the 
 $ torchrun --standalone --nproc_per_node=8 train.py          # eight GPUs: the same batches, the same losses
 $ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --learning_rate=1e-4 --out_dir=out-tuned  # fine-tune
 """
-import contextlib, csv, functools, importlib.util, json, math, os, re, shutil, signal, sys, time
+import contextlib, csv, functools, importlib.util, json, math, os, shutil, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ def explained(problem):
 # a value left at 0, -1 or auto comes from the checkpoint that is resumed, else from the row of its size in SIZES
 out_dir = "out"                  # checkpoints, log.csv and loss.png of one run
 data_dir = "data"                # what prepare.py wrote; if there is none, input.txt is prepared
-init_from = "auto"               # auto (resume if out_dir has a checkpoint), scratch, resume, or a model folder / hub id
+init_from = "auto"               # auto (resume if there is a checkpoint), scratch, resume, or a model folder or hub id
 eval_interval = 250              # iterations between evaluations, each with a checkpoint and a sample
 log_interval = 10                # iterations between rows of log.csv
 eval_only = False                # evaluate once and end
@@ -72,22 +72,20 @@ dtype = "auto"                   # of matrix products: auto, float32, bfloat16, 
 compile = "auto"                 # auto, true, false
 # ------------------------------------------------------------------------------------------------------ model sizes
 config_keys = [k for k, v in globals().items() if not k.startswith("_") and isinstance(v, (bool, int, float, str))]
-HF_NAMES = {  # the shape, and what config.json calls it
-    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size", "intermediate_size": "intermediate_size", "vocab_size": "vocab_size",
-    "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"}
-ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # the Llamas known here
-RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer", "learning_rate",
-          "muon_learning_rate")
+HF_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
+                n_embd="hidden_size", intermediate_size="intermediate_size", vocab_size="vocab_size",
+                rope_theta="rope_theta", norm_eps="rms_norm_eps")  # the shape, and what config.json calls it
+ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # Llamas known here
+RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer",
+          "learning_rate", "muon_learning_rate")
 SIZES = {name: dict(zip(RECIPE, row)) for name, row in {  # shapes of SmolLM2 (arXiv:2502.02737), and a tiny one
-    "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 2000, "adamw", 4e-3, 0.03),
+    "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 1000, "adamw", 4e-3, 0.03),
     "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3, 0.02),
     "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3, 0.02),
     "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.02)}.items()}
-AUTOMATIC = {"warmup_iters": -1, "lr_decay_iters": -1, "min_lr": -1, **dict.fromkeys(RECIPE, 0), "optimizer": "auto", "size": "auto"}
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12,
-              "3090": 71e12, "V100": 125e12, "T4": 65e12}  # a second: dense, 16 bits, by the makers' data sheets
-LOG_COLUMNS = ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second", "val_perplexity", "mfu")
+AUTOMATIC = {key: globals()[key] for key in (*RECIPE, "size", "warmup_iters", "lr_decay_iters", "min_lr")}  # to fill()
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # a second: dense, 16 bits, by data sheet
 
 # ------------------------------------------------------------------------------------------------------------ model
 def rotate(x, cos, sin):
@@ -140,11 +138,11 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 def slice_loss(x, weight, targets):
-    """Summed cross-entropy, in nats, of the logits x @ weight.T (N, V) against targets (N,); those of -1 do not count."""
+    """Summed cross-entropy, in nats, of logits x @ weight.T (N, V) against targets (N,), where these are not -1."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
 def sliced_loss(x, weight, targets):
-    """slice_loss, a slice of the tokens at a time: the logits never exist as a whole, since their gradient is taken right
+    """slice_loss, a slice of the tokens at a time. The logits never exist as a whole, as the gradient is taken right
     here, while a slice's logits are at hand (Liger Kernel, arXiv:2410.10989)."""
     step, total, training = max(1, 2 ** 25 // len(weight)), 0.0, torch.is_grad_enabled()  # 128 MiB of logits
     leaves = [tensor.detach().requires_grad_(training) for tensor in (x, weight)]
@@ -174,23 +172,19 @@ class Llama(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                nn.init.ones_(p)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):  # what they add up to keeps its size (GPT-2)
-                nn.init.normal_(p, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
-            else:
-                nn.init.normal_(p, std=config.initializer_range)
+            if p.dim() == 2:  # norms are ones already; what layers add up keeps its size in the sum (GPT-2)
+                summands = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                nn.init.normal_(p, std=config.initializer_range / math.sqrt(summands))
 
     def forward(self, tokens, targets=None, cache=None, position=0):
-        """Logits (B, T, V) of tokens (B, T); with targets (B, T), the summed loss instead; with a key/value cache, whose
+        """Logits (B, T, V) of tokens (B, T), or with targets (B, T) their summed loss; with a key/value cache, whose
         first `position` places are filled, the logits of the last token alone (B, 1, V)."""
         x = F.dropout(self.model.embed_tokens(tokens), dropout, self.training)
         rope = [table[position:position + tokens.shape[1]].to(x.dtype) for table in (self.cos, self.sin)]
         for i, layer in enumerate(self.model.layers):
             if gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rope, use_reentrant=False)
-            else:
-                x = layer(x, rope, cache and cache[i], position)
+                layer = functools.partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, rope, cache and cache[i], position)
         x = self.model.norm(x if cache is None else x[:, -1:])
         weight = self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
         return F.linear(x, weight) if targets is None else sliced_loss(x.flatten(0, 1), weight, targets.flatten())
@@ -203,24 +197,20 @@ def epoch_order(epoch, windows):
     return rng.integers(block_size), rng.permutation(windows)
 
 def training_batch(iteration, meta, rank, world, device):
-    """This process's share of an iteration's inputs and targets. Which tokens they are depends on the iteration and the
-    seed alone: an epoch goes once through all windows of block_size tokens, in an order and from an offset of its own."""
-    share, windows, starts = batch_size * gradient_accumulation_steps // world, meta["train_tokens"] // block_size - 1, []
-    for index in range((iteration * world + rank) * share, (iteration * world + rank + 1) * share):
-        offset, order = epoch_order(index // windows, windows)
-        starts.append(offset + order[index % windows] * block_size)
-    return get_windows("train", starts, device)
+    """This process's share of an iteration's inputs and targets. They depend on the iteration and the seed alone: an
+    epoch goes once through all windows of block_size tokens, in an order and from an offset of its own."""
+    share, windows = batch_size * gradient_accumulation_steps // world, meta["train_tokens"] // block_size - 1
+    first = (iteration * world + rank) * share
+    places = [(*epoch_order(i // windows, windows), i % windows) for i in range(first, first + share)]
+    return get_windows("train", [offset + order[i] * block_size for offset, order, i in places], device)
 
 def get_windows(split, starts, device):
     """The tokens from each of `starts` on, and those after them, both (len(starts), block_size); -1 past the end."""
     data = np.memmap(Path(data_dir, f"{split}.bin"), "<u2", "r")  # mapped anew, or all that was read stays in memory
-    batch = np.full((len(starts), block_size + 1), -1)
-    for row, start in zip(batch, starts):
-        window = data[start:start + block_size + 1]
-        row[:len(window)] = window
+    at = np.add.outer(starts, np.arange(block_size + 1))
+    batch = torch.from_numpy(np.where(at < len(data), data.take(at, mode="clip").astype(int), -1))
     if batch.max() >= vocab_size:
         fail(f"{data_dir}/{split}.bin has the id {batch.max()}, the model only {vocab_size}: run prepare.py again")
-    batch = torch.from_numpy(batch)
     if device.type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
@@ -228,10 +218,10 @@ def get_windows(split, starts, device):
 # ------------------------------------------------------------------------------------------- optimizer and schedule
 def make_optimizers(model):
     """[AdamW for everything], or [AdamW for embedding and norms, Muon (Jordan, 2024) for the layers' matrices]."""
-    params, hidden = list(model.parameters()), [p for p in model.model.layers.parameters() if p.dim() == 2]
-    vectors = [p for p in params if p.dim() == 1]
-    tables = [p for name, p in model.named_parameters() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    assert len(hidden) + len(vectors) + len(tables) == len(params)
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    hidden = [p for name, p in matrices.items() if ".layers." in name]
+    tables = [p for name, p in matrices.items() if ".layers." not in name]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": tables + hidden * (optimizer == "adamw")}, {"params": vectors, "weight_decay": 0.0}]
     fused = vectors[0].device.type in ("cpu", "cuda")
     adamw = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=fused)
@@ -260,24 +250,21 @@ def save_checkpoint(model, iteration, val_loss, trainer):
     """Write out_dir/step-<iteration>, which appears whole or not at all; then keep only the newest and the best."""
     path, tmp, eos = Path(out_dir, f"step-{iteration:07d}"), Path(out_dir, "tmp"), model.config.eos_token_id
     if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"the weights are not finite at iteration {iteration:,}, and not saved: resume with a lower --learning_rate")
-    with explained(f"cannot save {path}: make room and run again; the checkpoints before it are whole"):
-        try:
-            shutil.rmtree(tmp, ignore_errors=True)  # a killed run's
-            tmp.mkdir()
-            save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
-            torch.save(trainer, tmp / "trainer.pt")
-            shutil.copy(f"{data_dir}/tokenizer.json", tmp)
-            word = Tokenizer.from_file(f"{data_dir}/tokenizer.json").id_to_token(eos)
-            special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": word, "eos_token": word}
-            for name, content in (("config", vars(model.config) | {"val_loss": val_loss}),
-                                  ("generation_config", {"eos_token_id": eos}), ("tokenizer_config", special)):
-                Path(tmp, f"{name}.json").write_text(json.dumps(content, indent=2))
-            flush(*tmp.iterdir(), tmp)
-            tmp.rename(path)
-            flush(out_dir)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
+        fail(f"weights not finite at iteration {iteration:,}, and not saved: resume with a lower --learning_rate")
+    with explained(f"cannot save {path}: make room and run again; the checkpoints before it are whole"), \
+            contextlib.ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, tmp, ignore_errors=True)  # in case that something fails
+        tmp.mkdir()
+        save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
+        torch.save(trainer, tmp / "trainer.pt")
+        word = Tokenizer.from_file(shutil.copy(f"{data_dir}/tokenizer.json", tmp)).id_to_token(eos)
+        special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": word, "eos_token": word}
+        for name, content in (("config", vars(model.config) | {"val_loss": val_loss}),
+                              ("generation_config", {"eos_token_id": eos}), ("tokenizer_config", special)):
+            Path(tmp, f"{name}.json").write_text(json.dumps(content, indent=2))
+        flush(*tmp.iterdir(), tmp)
+        tmp.rename(path)
+        flush(out_dir)
         saved = checkpoints(out_dir)
         for _, _, old in set(saved) - {saved[-1], min(saved, key=lambda entry: entry[1])}:
             old.rename(tmp)  # first, so that no step- folder is ever half there
@@ -305,36 +292,42 @@ def fill(*sources):
 
 def check_settings(world):
     """Refuse, in one line, what cannot work."""
-    counts = (*HF_NAMES, "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "block_size", "max_iters")
-    check(globals(), dict.fromkeys(counts, (1, 10 ** 12)) | dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)) | {
-        "norm_eps": (0, 1), "weight_decay": (0, 1000), "grad_clip": (0, 1e9), "min_lr": (0, learning_rate), "seed": (0, 2 ** 31),
-        "learning_rate": (1e-9, 1000), "muon_learning_rate": (1e-9, 1000), "lr_decay_iters": (1, 10 ** 12),
-        "warmup_iters": (0, min(max_iters, lr_decay_iters)), "optimizer": ["adamw", "muon"], "schedule": ["cosine", "wsd"],
-        "compile": ["auto", "true", "false"], "dtype": ["auto", "float32", "bfloat16", "float16"]})
-    for number, divisor, what in ((n_embd, n_head, "--n_embd / --n_head"), (n_head, n_kv_head, "--n_head / --n_kv_head"),
-                                  (n_embd // n_head, 2, "half of --n_embd / --n_head, which the rotary embedding needs,"),
-                                  (batch_size * gradient_accumulation_steps, world, "sequences / processes")):
+    counts = (*HF_NAMES, "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "block_size",
+              "max_iters", "lr_decay_iters")
+    check(globals(), dict.fromkeys(counts, (1, 10 ** 12)) | {
+        "norm_eps": (0, 1), "dropout": (0, 0.9999), "beta1": (0, 0.9999), "beta2": (0, 0.9999), "seed": (0, 2 ** 31),
+        "weight_decay": (0, 1000), "grad_clip": (0, 1e9), "learning_rate": (1e-9, 1000), "min_lr": (0, learning_rate),
+        "muon_learning_rate": (1e-9, 1000), "warmup_iters": (0, min(max_iters, lr_decay_iters)),
+        "optimizer": ["adamw", "muon"], "schedule": ["cosine", "wsd"], "compile": ["auto", "true", "false"],
+        "dtype": ["auto", "float32", "bfloat16", "float16"]})
+    for what, number, divisor in (
+            ("--n_embd / --n_head", n_embd, n_head), ("--n_head / --n_kv_head", n_head, n_kv_head),
+            ("half of --n_embd / --n_head, for the rotary embedding,", n_embd // n_head, 2),
+            ("sequences / processes", batch_size * gradient_accumulation_steps, world)):
         if number % divisor:
             fail(f"{what} is {number} / {divisor}, no whole number: change one of them")
 
-def open_data(source):
+def open_data(source, rank, world):
     """meta.json of data_dir, seen to be whole and to fit the model folder `source`, if there is one."""
+    if rank == 0 and not Path(data_dir, "train.bin").exists():
+        tokenizer = str(source or prepare.tokenizer)
+        prepare.prepare(prepare.input, tokenizer, prepare.vocab_size, prepare.val_fraction, data_dir)
+    if world > 1: dist.barrier()
     with explained(f"cannot train on {data_dir}: run python prepare.py --data_dir={data_dir} on your text again"):
         meta = json.loads(Path(data_dir, "meta.json").read_text())
-        sizes = [os.path.getsize(f"{data_dir}/{split}.bin") for split in ("train", "val")]
-        tokenizers = [prepare.fingerprint(f"{folder}/tokenizer.json") for folder in (data_dir, source or data_dir)]
-        for wrong, problem in (
-                (sizes != [2 * meta["train_tokens"], 2 * meta["val_tokens"]], "the .bin files are not those of meta.json"),
-                (tokenizers[0] != meta["tokenizer_sha256"], "tokenizer.json is not that of meta.json"),
-                (tokenizers[0] != tokenizers[1], f"{source} has another tokenizer, which --tokenizer={source} would use"),
-                (sizes[0] < 4 * block_size, f"{meta['train_tokens']:,} tokens are too few for --block_size={block_size}")):
-            if wrong:
-                raise ValueError(problem)
+        found = {f"{split}_tokens": os.path.getsize(f"{data_dir}/{split}.bin") / 2 for split in ("train", "val")}
+        found["tokenizer_sha256"] = prepare.fingerprint(f"{data_dir}/tokenizer.json")
+        if meta != meta | found:
+            raise ValueError("meta.json and the other files do not belong together")
+        if source and prepare.fingerprint(f"{source}/tokenizer.json") != meta["tokenizer_sha256"]:
+            raise ValueError(f"{source} has another tokenizer, which --tokenizer={source} would use")
+        if meta["train_tokens"] < 2 * block_size:
+            raise ValueError(f"{meta['train_tokens']:,} tokens are too few for --block_size={block_size}")
     return meta
 
 def fit_micro_batch(model, inputs, targets, autocast, say):
-    """The most sequences, up to batch_size, that a forward and backward pass has memory for. It is tried, which compiles
-    the model as well; where that fails, the run goes on without."""
+    """The most sequences, up to batch_size, that a forward and backward pass has memory for. The trial also compiles
+    the model; where that fails, the run goes on without."""
     sizes = [n for n in range(batch_size, 0, -1) if len(inputs) % n == 0]
     while sizes:
         try:
@@ -345,7 +338,9 @@ def fit_micro_batch(model, inputs, targets, autocast, say):
         except torch._dynamo.exc.TorchDynamoException as error:
             say(f"warning: not compiled, so slower: {str(error).splitlines()[0]}")
             torch.compiler.set_stance("force_eager")
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # GPU, CPU
+                raise
             sizes = [n for n in sizes if n <= sizes[0] // 2]
             say(f"out of memory: micro-batches of {max(sizes, default=0)} sequences, the same tokens per iteration")
         finally:
@@ -357,29 +352,37 @@ def fit_micro_batch(model, inputs, targets, autocast, say):
 @torch.no_grad()
 def evaluate(model, meta, micro, rank, world, device):
     """Loss over the whole validation split, in fixed windows that the processes share, as columns of log.csv."""
-    total, count = torch.zeros((), dtype=torch.float64, device=device), meta["val_tokens"] - 1
+    total, count = torch.zeros((), dtype=torch.float64), meta["val_tokens"] - 1
     model.eval()
-    for i in range(rank, math.ceil(count / block_size / micro), world):
-        total += model(*get_windows("val", (i * micro + np.arange(micro)) * block_size, device))
+    for first in range(rank, math.ceil(count / block_size), micro * world):
+        total += model(*get_windows("val", (first + np.arange(micro) * world) * block_size, device)).cpu()
     model.train()
-    if world > 1:
-        dist.all_reduce(total)
+    if world > 1: dist.all_reduce(total)
     loss, bits = total.item() / count, total.item() / math.log(2)
     return {"val_loss": loss, "val_bpb": bits / meta["val_bytes"], "val_perplexity": math.exp(min(loss, 700))}
 
 def open_log(rows):
-    """out_dir/log.csv as a csv writer, with `rows` in it. While it is open, no other run can have out_dir."""
+    """Where new rows go: functions that add one to `rows`, to out_dir/log.csv, which is written anew, and to Weights &
+    Biases. No other run can have out_dir while this one lasts."""
     with explained(f"cannot use --out_dir={out_dir}: choose another, or wait for the run that uses it"):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(out_dir, "log.csv"), "a", newline="", buffering=1)
         if os.name == "posix":
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    file.truncate(0)
-    log = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+        file.truncate(0)
+    shutil.rmtree(Path(out_dir, "tmp"), ignore_errors=True)  # a killed run's
+    log = csv.DictWriter(file, ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
+                                "val_perplexity", "mfu"), lineterminator="\n")
     log.writeheader()
     log.writerows(rows)
-    return log
+    logs = [rows.append, log.writerow]
+    if wandb_log:
+        with explained("--wandb_log=true does not work: pip install wandb, and wandb login"):
+            import wandb
+            wandb.init(project="smollm2", name=out_dir, config={key: globals()[key] for key in config_keys})
+            logs.append(lambda row: wandb.log(row, step=row["iter"]))
+    return logs
 
 def draw_curve(rows):
     """Draw the rows of log.csv as out_dir/loss.png."""
@@ -405,34 +408,27 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = choose_device(globals()["device"])
-    if world > 1:
-        dist.init_process_group()  # nccl between GPUs, gloo between CPUs
+    if world > 1: dist.init_process_group()  # nccl between GPUs, gloo between CPUs
     say = tqdm.write if rank == 0 else lambda line: None
+    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
 
     # where to start: the newest checkpoint of this run, another model, or scratch
-    saved, trainer, shape = checkpoints(out_dir), {"iteration": 0, "rows": [], "settings": {}}, {}
+    saved, trainer = checkpoints(out_dir), {"iteration": 0, "rows": [], "settings": {}}
     if saved and init_from == "scratch" or not saved and init_from == "resume":
-        fail(f"--init_from={init_from}, but {out_dir} holds {'a' if saved else 'no'} run: choose another --out_dir, or auto")
+        fail(f"--init_from={init_from}, but {out_dir} holds {'a' if saved else 'no'} run: choose another --out_dir")
     source = saved[-1][2] if saved else None if init_from in ("auto", "scratch") else sample.find_model(init_from)
     if saved:
         with explained(f"{source}/trainer.pt is damaged: move {source} away to resume from an older checkpoint"):
             trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True)  # which runs no code
-    if source:
-        raw = sample.load_model(source)
-        shape = {key: getattr(raw.config, name) for key, name in HF_NAMES.items()}
-    before = trainer["settings"] | shape
+    raw, iteration, rows = sample.load_model(source) if source else None, trainer["iteration"], trainer["rows"]
+    before = trainer["settings"] | {key: getattr(raw.config, name) for key, name in HF_NAMES.items() if raw}
     fill(SIZES.get(size, {}), before, {"size": "135m" if device.type == "cuda" else "tiny"})
     fill(SIZES[size])
     fill({"lr_decay_iters": max_iters, "min_lr": learning_rate / 10, "warmup_iters": min(max_iters // 20, 2000)})
     changed = {key: f"--{key}={globals()[key]} (was {old})" for key, old in before.items() if globals()[key] != old}
     for key in changed.keys() & {*HF_NAMES, "optimizer"}:
         fail(f"{source} cannot go on with {changed[key]}: leave it out, or choose another --out_dir")
-    log = open_log(trainer["rows"]) if rank == 0 else None
-    if rank == 0 and not Path(data_dir, "train.bin").exists():
-        prepare.prepare(prepare.input, str(source or prepare.tokenizer), prepare.vocab_size, prepare.val_fraction, data_dir)
-    if world > 1:
-        dist.barrier()
-    meta = open_data(source)
+    meta = open_data(source, rank, world)
     fill({"vocab_size": meta["vocab_size"]})
     check_settings(world)
     torch.manual_seed(seed)
@@ -441,45 +437,50 @@ def main():
             **ONLY, **{name: globals()[key] for key, name in HF_NAMES.items()}, architectures=["LlamaForCausalLM"],
             head_dim=n_embd // n_head, max_position_embeddings=block_size, tie_word_embeddings=True,
             initializer_range=n_embd ** -0.5, eos_token_id=meta["eos_token_id"]))
+    check(globals(), {"block_size": (1, raw.config.max_position_embeddings)})
+    recording = rank == 0 and not eval_only
+    logs = open_log(rows) if recording else []
     raw.to(device).train()
 
     # how to compute: precision, optimizers, compiler, micro-batches, processes
-    if device.type == "cuda":
-        precision = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    else:  # CPUs that have bfloat16 gain from it once the model is wide
-        precision = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() and n_embd >= 512 else torch.float32
-    precision = precision if dtype == "auto" else getattr(torch, dtype)
+    cuda, wide = device.type == "cuda", n_embd >= 512  # CPUs gain from bfloat16 and compiling once the model is wide
+    bf16 = torch.cuda.get_device_capability(device)[0] >= 8 if cuda else wide and torch.cpu._is_avx512_bf16_supported()
+    precision = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float16" if cuda else "float32")
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    optimizers, scaler = make_optimizers(raw), torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    optimizers, scaler = make_optimizers(raw), torch.amp.GradScaler(device.type, 4096.0, enabled=precision == torch.float16)
     if saved:  # the state alone: rates and the like are today's
         for one, state in zip(optimizers, trainer["optimizers"]):
             one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
         scaler.load_state_dict(trainer["scaler"])
     peaks = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
-    compiled = compile.lower() == "true" or compile.lower() == "auto" and (device.type == "cuda" or n_embd >= 512)
+    compiled = compile == "true" or compile == "auto" and (cuda or wide)
     if compiled:
         for layer in raw.model.layers:  # one by one: the first is compiled, the others share its code
             layer.compile(dynamic=False)
         slice_loss = torch.compile(slice_loss, dynamic=False)
-    iteration, rows = trainer["iteration"], trainer["rows"]
     inputs, targets = training_batch(iteration, meta, rank, world, device)
     micro = fit_micro_batch(raw, inputs, targets, autocast, say)
     model = nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
 
     # what is going to happen
-    parts = {"embedding": "embed|lm_head", "attention": "attn", "MLP": "mlp", "norms": "norm"}
-    counts = {part: sum(p.numel() for name, p in raw.named_parameters() if re.search(word, name)) for part, word in parts.items()}
-    tokens, n_params = targets.numel() * world, sum(counts.values())
+    parts = {part: sum(p.numel() for name, p in raw.named_parameters() if part in name)
+             for part in ("embed", "attn", "mlp", "norm", "lm_head")}
+    tokens, n_params = targets.numel() * world, sum(parts.values())
+    epochs = max_iters * tokens / meta["train_tokens"]
     flops = 6 * n_params + 12 * n_layer * n_embd * block_size  # a token, forward and backward (PaLM, arXiv:2204.02311)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    chip = torch.cuda.get_device_name(device) if cuda else device.type
     peak = next((peak * world for name, peak in PEAK_FLOPS.items() if name in chip), None)
-    say(f"device     {world} x {chip}, {str(precision)[6:]}, {'compiled' if compiled else 'not compiled'}\n"
-        f"model      {size}, {n_params:,} parameters: {', '.join(f'{part} {n:,}' for part, n in counts.items())}\n"
-        f"data       {meta['train_tokens']:,} tokens, {max_iters * tokens / meta['train_tokens']:.1f} epochs in {max_iters:,} "
-        f"iterations; {meta['val_tokens']:,} tokens for validation\n"
-        f"iteration  {tokens:,} tokens of {flops:.3g} FLOPs = {world} processes x {len(inputs) // micro} micro-batches x {micro} "
-        f"sequences x {block_size}\n"
-        f"start      {source or 'scratch'}, iteration {iteration:,}; {', '.join(changed.values()) or 'no setting changed'}")
+    drawing = importlib.util.find_spec("matplotlib") is not None
+    notes = [*changed.values()] or ["no setting changed"]
+    notes += ["nothing to do: raise --max_iters"] * (iteration >= max_iters)
+    notes += ["no loss.png: pip install matplotlib"] * (not drawing)
+    say(f"device     {world} x {chip}, {str(precision)[6:]}, {'' if compiled else 'not '}compiled\n"
+        f"model      {size}, {n_params:,} parameters: {', '.join(f'{part} {n:,}' for part, n in parts.items())}\n"
+        f"data       {meta['train_tokens']:,} tokens, {meta['val_tokens']:,} for validation; {epochs:.1f} epochs in "
+        f"{max_iters:,} iterations\n"
+        f"iteration  {world} processes x {len(inputs) // micro} micro-batches x {micro} sequences x {block_size} = "
+        f"{tokens:,} tokens of {flops:.3g} FLOPs\n"
+        f"start      {source or 'scratch'}, iteration {iteration:,}; {', '.join(notes)}")
     signals = []
     def ask_to_stop(number, frame):  # a second signal ends at once; but torchrun repeats the Ctrl-C that it shares
         if signals and (world == 1 or time.time() > signals[0] + 2):
@@ -489,32 +490,20 @@ def main():
     signal.signal(signal.SIGTERM, ask_to_stop)
     tokenizer = Tokenizer.from_file(f"{data_dir}/tokenizer.json")
     options = {key: getattr(sample, key) for key in sample.OPTIONS} | {"max_new_tokens": 100, "seed": seed}
-    drawing = importlib.util.find_spec("matplotlib") is not None
-    if not drawing:
-        say("no loss.png: pip install matplotlib")
-    if wandb_log and rank == 0:
-        with explained("--wandb_log=true does not work: pip install wandb, and wandb login"):
-            import wandb
-            wandb.init(project="smollm2", name=out_dir, config={key: globals()[key] for key in config_keys})
     bar = tqdm(total=max_iters, initial=iteration, disable=None if rank == 0 else True, dynamic_ncols=True)
 
-    row, skipped, stopping, first = {}, 0, False, iteration if saved else -1
+    row, skipped, stopping, done = {}, 0, False, iteration if saved and not eval_only else -1
     while True:  # evaluate, log, save, stop, update
-        due = iteration % eval_interval == 0 or iteration >= max_iters
-        if eval_only or due and iteration > first:
+        due = iteration > done and (eval_only or iteration % eval_interval == 0 or iteration >= max_iters)
+        if due:
             with autocast:
                 row |= {"iter": iteration} | evaluate(raw, meta, micro, rank, world, device)
         if row:
-            facts = ", ".join(f"{key} {value:,.5g}" for key, value in row.items())
-            say(facts) if bar.disable or "val_loss" in row else bar.set_postfix_str(facts)
-        if eval_only:
-            break
-        if rank == 0 and row:
-            rows.append(row)
-            log.writerow(row)
-            if wandb_log:
-                wandb.log(row, step=iteration)
-        if rank == 0 and (due or stopping) and iteration > first:
+            facts = ", ".join(f"{key} {value:{',' if isinstance(value, int) else '.5g'}}" for key, value in row.items())
+            say(facts) if bar.disable or due else bar.set_postfix_str(facts)
+            for log in logs:
+                log(row)
+        if recording and (due or stopping):
             save_checkpoint(raw, iteration, row.get("val_loss"), {
                 "iteration": iteration, "rows": rows, "settings": {key: globals()[key] for key in config_keys},
                 "scaler": scaler.state_dict(), "optimizers": [one.state_dict()["state"] for one in optimizers]})
@@ -523,7 +512,7 @@ def main():
             with torch.compiler.set_stance("force_eager"):
                 say("".join(new for new, in sample.stream(raw.eval(), tokenizer, [meta["eos_token_id"]], 1, **options)))
             raw.train()
-        if stopping or iteration >= max_iters:
+        if eval_only or stopping or iteration >= max_iters:
             break
 
         began, factor, loss = time.perf_counter(), schedule_factor(iteration), torch.zeros((), device=device)
@@ -539,15 +528,13 @@ def main():
         norm = nn.utils.get_total_norm([p.grad for p in raw.parameters()])
         stats = torch.stack((loss, norm, torch.tensor(float(len(signals)), device=device)))
         text, (inputs, targets) = inputs[0, :20], training_batch(iteration + 1, meta, rank, world, device)
-        if world > 1:
-            dist.all_reduce(stats)
+        if world > 1: dist.all_reduce(stats)
         loss, mean_norm, stopping = (stats / world).tolist()  # here the device is waited for
         rate, skipped = learning_rate * factor, 0 if math.isfinite(loss + mean_norm) else skipped + 1
         if skipped:
             say(f"iteration {iteration:,}: loss {loss}, gradient norm {mean_norm}: update skipped")
         else:
-            if mean_norm > grad_clip > 0:
-                nn.utils.clip_grads_with_norm_(raw.parameters(), grad_clip, norm)
+            nn.utils.clip_grads_with_norm_(raw.parameters(), grad_clip or math.inf, norm)
             for group, peak_rate in peaks:
                 group["lr"] = peak_rate * factor
             for one in optimizers:
@@ -564,12 +551,11 @@ def main():
             row = {"iter": iteration, "train_loss": loss, "lr": rate, "grad_norm": mean_norm,
                    "tokens_per_second": round(speed)} | ({"mfu": speed * flops / peak} if peak else {})
     bar.close()
-    if not eval_only:
-        loss, _, best = min((entry[1], -entry[0], entry[2]) for entry in checkpoints(out_dir))
-        say(f"best validation loss {loss:.4f}, in {best}\nsample it:   python sample.py --model={out_dir}\n"
-            f"on a page:   python sample.py --model={out_dir} --web=true")
-    if world > 1:
-        dist.destroy_process_group()
+    if recording:
+        loss, bits, best = min((row["val_loss"], row["val_bpb"], row["iter"]) for row in rows if "val_loss" in row)
+        say(f"best validation loss {loss:.4f}, {bits:.4f} bits per byte, in {out_dir}/step-{best:07d}\n"
+            f"sample it: python sample.py --model={out_dir}\non a page: python sample.py --model={out_dir} --web=true")
+    if world > 1: dist.destroy_process_group()
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]  # what sample.py imports is this file, with its settings
