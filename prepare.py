@@ -119,14 +119,13 @@ def encode(files, tokenizer, vocab_size, val_fraction, out):
                 used[ids] = True
                 kept += width[ids].sum() if byte_level else len(tok.decode(encoding.ids, False).encode())
                 bar.update(len(text.encode()))
-    if not meta["val_bytes"]:
-        fail(f"{', '.join(files[:5])}: {total:,} bytes of text have no line to split at for validation: give more text")
+    if not meta["val_bytes"]: fail(f"{', '.join(files[:3])}: {total:,} bytes have no line to split at: give more text")
     Path(out, "tokenizer.json").write_text(tok.to_str(pretty=True), "utf-8")
     meta["tokenizer_sha256"] = fingerprint(out / "tokenizer.json")
     Path(out, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    return (f"{total:,} bytes of text ({total - kept:,} lost by the tokenizer), {meta['train_tokens']:,} tokens to train on, "
-            f"{meta['val_tokens']:,} for validation, {meta['train_bytes'] / meta['train_tokens']:.2f} bytes each, "
-            f"{used.sum():,} of {size:,} different ones; it begins:\n{next(read(files, 300))[0][:300]}")
+    return (f"{total:,} bytes ({total - kept:,} lost by the tokenizer), {meta['train_tokens']:,} tokens to train on, "
+            f"{meta['val_tokens']:,} for validation, {used.sum():,} of {size:,} different ones in use, "
+            f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes each; it begins:\n{next(read(files, 300))[0][:300]}")
 
 def prepare(input, tokenizer, vocab_size, val_fraction, data_dir):
     """Write train.bin, val.bin, tokenizer.json and meta.json into data_dir, all or none, and print what was found."""

@@ -295,7 +295,7 @@ def check_settings(world):
     counts = (*HF_NAMES, "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "block_size",
               "max_iters", "lr_decay_iters")
     check(globals(), dict.fromkeys(counts, (1, 10 ** 12)) | {
-        "norm_eps": (0, 1), "dropout": (0, 0.9999), "beta1": (0, 0.9999), "beta2": (0, 0.9999), "seed": (0, 2 ** 31),
+        "norm_eps": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.9999), "seed": (0, 2 ** 31),
         "weight_decay": (0, 1000), "grad_clip": (0, 1e9), "learning_rate": (1e-9, 1000), "min_lr": (0, learning_rate),
         "muon_learning_rate": (1e-9, 1000), "warmup_iters": (0, min(max_iters, lr_decay_iters)),
         "optimizer": ["adamw", "muon"], "schedule": ["cosine", "wsd"], "compile": ["auto", "true", "false"],
@@ -315,10 +315,11 @@ def open_data(source, rank, world):
     if world > 1: dist.barrier()
     with explained(f"cannot train on {data_dir}: run python prepare.py --data_dir={data_dir} on your text again"):
         meta = json.loads(Path(data_dir, "meta.json").read_text())
-        found = {f"{split}_tokens": os.path.getsize(f"{data_dir}/{split}.bin") / 2 for split in ("train", "val")}
-        found["tokenizer_sha256"] = prepare.fingerprint(f"{data_dir}/tokenizer.json")
-        if meta != meta | found:
-            raise ValueError("meta.json and the other files do not belong together")
+        found = {f"{split}.bin": os.path.getsize(f"{data_dir}/{split}.bin") // 2 for split in ("train", "val")}
+        found["tokenizer.json"] = prepare.fingerprint(f"{data_dir}/tokenizer.json")
+        for name, told in zip(found, (meta["train_tokens"], meta["val_tokens"], meta["tokenizer_sha256"])):
+            if found[name] != told:
+                raise ValueError(f"{name} is not the one that meta.json tells of")
         if source and prepare.fingerprint(f"{source}/tokenizer.json") != meta["tokenizer_sha256"]:
             raise ValueError(f"{source} has another tokenizer, which --tokenizer={source} would use")
         if meta["train_tokens"] < 2 * block_size:
@@ -403,7 +404,7 @@ def main():
     global slice_loss
     import sample  # here, as it imports this file
     configure(globals(), sys.argv[1:])
-    check(globals(), {"size": ["auto", *SIZES]})
+    check(globals(), {"size": ["auto", *SIZES], "dropout": (0, 0.9999)})
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -447,7 +448,8 @@ def main():
     bf16 = torch.cuda.get_device_capability(device)[0] >= 8 if cuda else wide and torch.cpu._is_avx512_bf16_supported()
     precision = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float16" if cuda else "float32")
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    optimizers, scaler = make_optimizers(raw), torch.amp.GradScaler(device.type, 4096.0, enabled=precision == torch.float16)
+    optimizers = make_optimizers(raw)
+    scaler = torch.amp.GradScaler(device.type, 4096.0, enabled=precision == torch.float16)
     if saved:  # the state alone: rates and the like are today's
         for one, state in zip(optimizers, trainer["optimizers"]):
             one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
