@@ -125,7 +125,7 @@ def encode(files, tokenizer, vocab_size, val_fraction, out):
     Path(out, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return (f"{total:,} bytes ({total - kept:,} lost by the tokenizer), {meta['train_tokens']:,} tokens to train on, "
             f"{meta['val_tokens']:,} for validation, {used.sum():,} of {size:,} different ones in use, "
-            f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes each; it begins:\n{next(read(files, 300))[0][:300]}")
+            f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes each:\n{next(read(files, 300))[0][:300]}")
 
 def prepare(input, tokenizer, vocab_size, val_fraction, data_dir):
     """Write train.bin, val.bin, tokenizer.json and meta.json into data_dir, all or none, and print what was found."""

@@ -2,8 +2,9 @@
 $ pytest                  # the tests: minutes on two CPU cores, no network
 $ python test_train.py    # the benchmark: all parts that can run here, or those named: step sample prepare cold learn
 """
-import csv, json, math, os, re, shutil, signal, subprocess, sys, time
+import csv, gc, json, math, os, re, runpy, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,61 +18,85 @@ ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"  # Tiny Shakespeare and SmolLM2's tokenizer, where they are to be had
 SHAPE = ("--device=cpu --dtype=float32 --compile=false --n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=32 "
          "--intermediate_size=64 --block_size=32 --batch_size=4 --gradient_accumulation_steps=2 --optimizer=adamw "
-         "--max_iters=12 --eval_interval=4 --log_interval=2 --warmup_iters=2").split()
+         "--max_iters=12 --eval_interval=4 --log_interval=1 --warmup_iters=2").split()
+if __name__ != "__main__":  # a thread for each process: for a toy, more are slower
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+def start(script, *args, cwd, processes=0, **kwargs):
+    """Start a script of this folder as a process of its own, or as several under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.Popen([sys.executable, *torchrun, ROOT / script, *args], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 def run(*args, cwd, status=0, **kwargs):
-    """Run a script of this folder, as in run("train.py", "--max_iters=3", cwd=tmp_path); check its exit status."""
-    result = subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], cwd=cwd, text=True,
-                            capture_output=True, timeout=240, **kwargs)
-    assert result.returncode == status, result.stderr + result.stdout
-    return result
+    """Run a script to its end, as in run("train.py", "--max_iters=3", cwd=tmp_path); check its exit status."""
+    process = start(*args, cwd=cwd, **kwargs)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, err + out
+    return SimpleNamespace(stdout=out, stderr=err)
 
-def refusal(module, *args, cwd, monkeypatch):
-    """The line with which a script's main() ends on bad input: run in this process, and its globals put back later."""
-    for key, value in dict(vars(module)).items():
-        monkeypatch.setitem(vars(module), key, value)
-    monkeypatch.setattr(sys, "argv", ["script", *args])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(cwd)
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """A function like run(), but quicker: in this process, though with fresh modules and so settings of their own."""
+    def call(script, *args, cwd=tmp_path):
+        for name in "train", "sample":
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.chdir(cwd)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+        gc.collect()  # closes log.csv, and so unlocks it
+        return capsys.readouterr()
+    return call
+
+def refusal(call, *args, **kwargs):
+    """The one line with which a script ends; Python prints it on stderr and exits with status 1."""
     with pytest.raises(SystemExit) as end:
-        module.main()
+        call(*args, **kwargs)
     assert end.value.code.startswith("error: ") and "\n" not in end.value.code
     return end.value.code
 
-def folder_bytes(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """A folder with data/ (60 kB of input.txt, a vocabulary of 512) and out/, a run of 12 iterations on it. Not to be
-    written to."""
+    """A folder with data/, 60 kB of input.txt, and out/, a run of 12 iterations on it; not to be written to."""
     path = tmp_path_factory.mktemp("work")
-    (path / "input.txt").write_text((ROOT / "input.txt").read_text()[:60_000])
+    (path / "input.txt").write_text((ROOT / "input.txt").read_text("utf-8")[:60_000], "utf-8")
     run("prepare.py", "--vocab_size=512", cwd=path)
     run("train.py", *SHAPE, cwd=path)
     return path
-# ------------------------------------------------------------------------------------------------------------ model
-def hf_llama(seed=0, **changes):
-    """A small random LlamaForCausalLM of transformers, in float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(seed)
-    shape = dict(vocab_size=301, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-                 num_key_value_heads=2, max_position_embeddings=2048, rope_theta=100000.0, initializer_range=0.2,
-                 tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
-    return LlamaForCausalLM(LlamaConfig(**shape | changes)).eval()
 
+@pytest.fixture
+def toy(work):
+    return ["train.py", *SHAPE, f"--data_dir={work}/data"]
+
+# ------------------------------------------------------------------------------------------------------------ model
 def close(ours, theirs):
     """Equal within 1e-5 of the largest logit."""
     return (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1}, {"head_dim": 16},
-                                     {"tie_word_embeddings": False}, {"rms_norm_eps": 1e-3, "rope_theta": 500.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1, "head_dim": 16}, {
+    "tie_word_embeddings": False, "rms_norm_eps": 1e-3, "rope_theta": 500.0, "eos_token_id": None}], ids=str)
 @torch.no_grad()
 def test_logits_equal_transformers(tmp_path, changes):
-    theirs = hf_llama(**changes)
-    theirs.save_pretrained(tmp_path)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(**dict(
+        vocab_size=301, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=2048, rope_theta=100000.0, initializer_range=0.2,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0) | changes)).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
     ours = sample.load_model(tmp_path).eval()
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and ours.config.rope_theta == changes.get("rope_theta", 1e5)
+    assert sample.end_ids(ours) == ([] if "eos_token_id" in changes else [0])
     tokens = torch.randint(0, 301, (2, 2048))
     expected, logits = theirs(tokens).logits, ours(tokens)
     assert close(logits, expected)
@@ -79,42 +104,39 @@ def test_logits_equal_transformers(tmp_path, changes):
     shape = (2, theirs.config.num_key_value_heads, 2048, ours.config.head_dim)
     cache = [[torch.zeros(shape), torch.zeros(shape)] for _ in range(3)]
     assert close(ours(tokens[:, :2040], cache=cache)[:, -1], expected[:, 2039])
-    for position in range(2040, 2048):
-        assert close(ours(tokens[:, position:position + 1], cache=cache, position=position)[:, -1], expected[:, position])
+    for i in range(2040, 2048):
+        assert close(ours(tokens[:, i:i + 1], cache=cache, position=i)[:, -1], expected[:, i])
 
 @torch.no_grad()
-def test_checkpoint_is_a_hugging_face_folder(work):
+def test_checkpoint_is_a_hugging_face_folder_and_validation_exact(work):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    path = train.checkpoints(work / "out")[-1][2]
+    path, total = train.checkpoints(work / "out")[-1][2], 0.0
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-    text = (work / "input.txt").read_text()[5000:5100]
+    text = (work / "input.txt").read_text("utf-8")[5000:5100]
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert ids == Tokenizer.from_file(str(work / "data/tokenizer.json")).encode(text).ids and tokenizer.decode(ids) == text
-    tokens = torch.tensor([ids[:32]])
-    assert close(sample.load_model(path).eval()(tokens), theirs(tokens).logits)
+    assert ids == Tokenizer.from_file(f"{work}/data/tokenizer.json").encode(text).ids and tokenizer.decode(ids) == text
+    assert close(sample.load_model(path).eval()(torch.tensor([ids[:32]])), theirs(torch.tensor([ids[:32]])).logits)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id == theirs.config.eos_token_id == 0
-
-@torch.no_grad()
-def test_validation_is_exact(work):
-    """The last row of log.csv, against transformers' own loss over the same windows."""
-    from transformers import AutoModelForCausalLM
-    theirs = AutoModelForCausalLM.from_pretrained(train.checkpoints(work / "out")[-1][2])
     tokens = torch.from_numpy(np.fromfile(work / "data/val.bin", "<u2").astype(np.int64))
-    total = 0.0
     for start in range(0, len(tokens) - 1, 32):
         window = tokens[start:start + 33]
-        total += torch.nn.functional.cross_entropy(theirs(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
+        logits = theirs(window[None, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     row, meta = log_rows(work / "out")[-1], json.loads((work / "data/meta.json").read_text())
     assert float(row["val_loss"]) == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
     assert float(row["val_bpb"]) == pytest.approx(total / math.log(2) / meta["val_bytes"], rel=1e-5)
+
+TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=64, vocab_size=512, rope_theta=1e5,
+            norm_eps=1e-5, block_size=32)
 
 def new_model(monkeypatch, **settings):
     """A fresh train.Llama, with some of train's globals set."""
     for key, value in settings.items():
         monkeypatch.setattr(train, key, value)
-    shape = {name: getattr(train, key) for key, name in train.HF_NAMES.items()} | {"tie_word_embeddings": True}
-    return train.Llama(train.SimpleNamespace(**shape, head_dim=train.n_embd // train.n_head, eos_token_id=0,
-                                             max_position_embeddings=train.block_size, initializer_range=train.n_embd ** -0.5))
+    return train.Llama(SimpleNamespace(
+        **{name: getattr(train, key) for key, name in train.HF_NAMES.items()}, tie_word_embeddings=True, eos_token_id=0,
+        head_dim=train.n_embd // train.n_head, max_position_embeddings=train.block_size,
+        initializer_range=train.n_embd ** -0.5))
 
 @pytest.mark.parametrize("size,count", [("135m", 134_515_008), ("360m", 361_821_120), ("1.7b", 1_711_376_384)])
 def test_published_shapes(monkeypatch, size, count):
@@ -125,69 +147,60 @@ def test_published_shapes(monkeypatch, size, count):
         published = json.loads((SHARED / "smollm2/config.json").read_text())
         assert all(published[name] == train.SIZES[size][key] for key, name in train.HF_NAMES.items())
 
-TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=64, vocab_size=512, rope_theta=1e5,
-            norm_eps=1e-5, block_size=32)
-
-def test_loss_at_the_start_is_ln_vocabulary(monkeypatch):
+@torch.no_grad()
+def test_a_new_model_knows_nothing_and_no_token_sees_a_later_one(monkeypatch):
     model = new_model(monkeypatch, **train.SIZES["135m"] | {"n_layer": 4, "block_size": 64})
     tokens = torch.randint(0, 49152, (2, 65), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert 10.8 < model(tokens[:, :-1], tokens[:, 1:]).item() / 128 < 11.4
+    assert 10.8 < model(tokens[:, :-1], tokens[:, 1:]).item() / 128 < 11.4
+    changed = torch.where(torch.arange(64) == 20, 7, tokens[:, :64])
+    difference = (model(tokens[:, :64]) - model(changed)).abs().amax(2)
+    assert difference[:, :20].max() == 0 and difference[:, 20:].min() > 0
 
-def test_no_token_sees_a_later_one(monkeypatch):
-    model, tokens = new_model(monkeypatch, **TINY), torch.randint(0, 512, (1, 32))
-    changed = tokens.clone()
-    changed[0, 20] = (tokens[0, 20] + 1) % 512
-    difference = (model(tokens) - model(changed)).abs().amax(2)[0]
-    assert difference[:20].max() == 0 and difference[20:].min() > 0
-
-@pytest.mark.parametrize("rows", [1, 7, 64])
-def test_sliced_loss_equals_cross_entropy(monkeypatch, rows):
-    x, weight = torch.randn(64, 16, requires_grad=True), torch.randn(2 ** 25 // rows, 16, requires_grad=True)
-    targets = torch.randint(0, 1000, (64,))
+@pytest.mark.parametrize("vocabulary", [1000, 2 ** 20])  # all tokens in one slice; slices of 32 and of 8
+def test_sliced_loss_equals_cross_entropy(vocabulary):
+    x, weight = torch.randn(40, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
+    targets = torch.randint(0, 1000, (40,))
     targets[5:9] = -1
-    if rows != 64:  # all in a few slices, or one
-        weight = weight[:4096].detach().requires_grad_()
     loss = torch.nn.functional.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="sum")
     expected = (loss, *torch.autograd.grad(loss * 3, (x, weight)))
     loss = train.sliced_loss(x, weight, targets)
     for ours, theirs in zip((loss, *torch.autograd.grad(loss * 3, (x, weight))), expected):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
-def test_a_repeated_batch_is_learned(monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_repeated_batch_is_learned(monkeypatch, optimizer):
     torch.manual_seed(0)
-    for optimizer in ("adamw", "muon"):
-        model = new_model(monkeypatch, **TINY, optimizer=optimizer, learning_rate=0.01, muon_learning_rate=0.03)
-        optimizers, tokens = train.make_optimizers(model), torch.randint(0, 512, (4, 33))
-        for _ in range(60):
-            loss = model(tokens[:, :-1], tokens[:, 1:]) / 128
-            loss.backward()
-            for one in optimizers:
-                one.step()
-                one.zero_grad()
-        assert loss < 0.1
+    model = new_model(monkeypatch, **TINY, optimizer=optimizer, learning_rate=0.01, muon_learning_rate=0.03)
+    optimizers, tokens = train.make_optimizers(model), torch.randint(0, 512, (4, 33))
+    for _ in range(60):
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / 128
+        loss.backward()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+    assert loss < 0.1
 
 # --------------------------------------------------------------------------------------------- data order, schedule
 def windows(work, monkeypatch, iterations, world=1, **settings):
-    """[first tokens and targets] of every sequence of some iterations, over all processes, in order."""
-    for key, value in (TINY | dict(data_dir=str(work / "data"), batch_size=4, gradient_accumulation_steps=2, seed=1) | settings).items():
+    """Inputs and targets of every sequence of some iterations, over all processes, in order."""
+    settings = dict(data_dir=f"{work}/data", batch_size=4, gradient_accumulation_steps=2, seed=1) | settings
+    for key, value in (TINY | settings).items():
         monkeypatch.setattr(train, key, value)
     train.epoch_order.cache_clear()
-    meta = json.loads((work / "data/meta.json").read_text())
-    parts = [train.training_batch(i, meta, rank, world, torch.device("cpu")) for i in iterations for rank in range(world)]
-    return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts]), meta
+    meta, cpu = json.loads((work / "data/meta.json").read_text()), torch.device("cpu")
+    parts = [train.training_batch(i, meta, rank, world, cpu) for i in iterations for rank in range(world)]
+    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 def test_an_epoch_has_every_window_once(work, monkeypatch):
-    data = np.fromfile(work / "data/train.bin", "<u2")
-    per_epoch, offsets, orders = len(data) // 32 - 1, set(), set()
-    inputs, targets, _ = windows(work, monkeypatch, range(3 * per_epoch // 8 + 1))
+    data = np.fromfile(work / "data/train.bin", "<u2").astype(np.int64)
+    count, offsets, orders = len(data) // 32 - 1, set(), set()
+    inputs, targets = windows(work, monkeypatch, range(3 * count // 8 + 1))
     assert (inputs[:, 1:] == targets[:, :-1]).all()
     for epoch in range(3):
-        rows = inputs[epoch * per_epoch:(epoch + 1) * per_epoch].numpy()
-        offset = next(o for o in range(32) if {r.tobytes() for r in rows} == {
-            data[s:s + 32].astype(np.int64).tobytes() for s in range(o, o + 32 * per_epoch, 32)})
-        offsets.add(offset)
+        rows = inputs[epoch * count:(epoch + 1) * count].numpy()
         orders.add(rows.tobytes())
+        offsets.add(next(o for o in range(32) if {row.tobytes() for row in rows} == {
+            data[s:s + 32].tobytes() for s in range(o, o + 32 * count, 32)}))
     assert len(offsets) > 1 and len(orders) == 3
 
 def test_batches_depend_on_seed_and_iteration_alone(work, monkeypatch):
@@ -199,248 +212,246 @@ def test_batches_depend_on_seed_and_iteration_alone(work, monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_schedule_corners(monkeypatch, schedule):
-    for key, value in dict(schedule=schedule, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=100).items():
+    settings = dict(schedule=schedule, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=100)
+    for key, value in settings.items():
         monkeypatch.setattr(train, key, value)
-    factors = [train.schedule_factor(i) for i in range(130)]
+    factors, cosine = [train.schedule_factor(i) for i in range(130)], schedule == "cosine"
     assert factors[0] == pytest.approx(1 / 11) and factors[9] == pytest.approx(10 / 11) and factors[10] == 1
     assert factors[100:] == pytest.approx([0.1] * 30)
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
-    assert factors[55] == pytest.approx(0.55 if schedule == "cosine" else 1)
-    assert factors[90] == pytest.approx(0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * 80 / 90)) if schedule == "cosine" else 0.55)
+    assert factors[55] == pytest.approx(0.55 if cosine else 1)
+    assert factors[90] == pytest.approx(0.55 + 0.45 * math.cos(math.pi * 80 / 90) if cosine else 0.55)
 
 # ------------------------------------------------------------------------------------------------ runs and restarts
 def log_rows(out):
-    with open(Path(out, "log.csv")) as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(out, "log.csv").read_text().splitlines()))
+
+def assert_same_losses(out, other):
+    for pair in zip(log_rows(out), log_rows(other), strict=True):
+        for key in "iter", "train_loss", "val_loss":
+            one, two = (float(row[key] or 0) for row in pair)
+            assert one == pytest.approx(two, rel=1e-5), (other, pair)
 
 def result(out):
     """What a run has come to, to the last bit: the losses of log.csv, the weights and the optimizers' state."""
-    path = train.checkpoints(out)[-1][2]
-    rows = [[row[key] for key in ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm")] for row in log_rows(out)]
-    trainer = torch.load(path / "trainer.pt", weights_only=True)
-    state = [(i, name, value.numpy().tobytes()) for one in trainer["optimizers"] for i, values in one.items()
-             for name, value in values.items()]
-    return rows, (path / "model.safetensors").read_bytes(), state
+    path, keys = train.checkpoints(out)[-1][2], ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm")
+    optimizers = torch.load(path / "trainer.pt", weights_only=True)["optimizers"]
+    state = torch.utils._pytree.tree_map(lambda tensor: tensor.numpy().tobytes(), optimizers)
+    return [[row[key] for key in keys] for row in log_rows(out)], (path / "model.safetensors").read_bytes(), state
 
-def start(*args, cwd, **kwargs):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *args], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **kwargs)
+def wait_for_rows(process, out, count):
+    """Wait until a process that has just been started has brought log.csv to `count` rows."""
+    log, began = out / "log.csv", time.time()
+    while not (log.exists() and log.stat().st_mtime > began and log.read_text().count("\n") > count):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
-def wait_for(condition, process=None):
-    for _ in range(2400):
-        if condition():
-            return
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise TimeoutError
+@pytest.mark.parametrize("optimizer,kills", [("adamw", [9, 15, 9]), ("muon", [9])])  # SIGKILL, SIGTERM
+def test_resume_is_exact(toy, call, tmp_path, optimizer, kills):
+    """With dropout and accumulation, a run that is killed and stopped near its saves ends as the one that never was."""
+    args, out = (*toy, "--dropout=0.2", f"--optimizer={optimizer}", "--max_iters=40"), tmp_path / "broken"
+    for number in kills:
+        newest = max([0, *(entry[0] for entry in train.checkpoints(out))])
+        process = start(*args, "--out_dir=broken", cwd=tmp_path)
+        wait_for_rows(process, out, newest + 5)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)
+        assert process.returncode == (0 if number == signal.SIGTERM else -number), output
+    assert train.checkpoints(out)[-1][0] < 40
+    call(*args, "--out_dir=broken")
+    call(*args, "--out_dir=whole")
+    assert result(out) == result(tmp_path / "whole")
+    assert {path.name for path in out.iterdir() if not path.name.startswith("step-")} <= {"log.csv", "loss.png"}
 
-def torchrun(processes, *args, cwd):
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                             ROOT / "train.py", *args], cwd=cwd, text=True, capture_output=True, timeout=240,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    return result
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_is_exact(work, tmp_path, optimizer):
-    """With dropout and accumulation: a run that is killed twice and stopped once ends as the one that never was."""
-    args = (*SHAPE, f"--data_dir={work}/data", "--dropout=0.2", f"--optimizer={optimizer}", "--max_iters=40", "--log_interval=1")
-    run("train.py", *args, "--out_dir=whole", cwd=tmp_path)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, None):
-        process, before = start(*args, "--out_dir=broken", cwd=tmp_path), len(train.checkpoints(tmp_path / "broken"))
-        newest = max([0, *(at for at, _, _ in train.checkpoints(tmp_path / "broken"))])
-        if number is None:
-            assert process.wait() == 0
-        else:
-            log = tmp_path / "broken/log.csv"
-            wait_for(lambda: log.exists() and log.read_text().count("\n") > newest + 9, process)
-            process.send_signal(number)
-            assert process.wait() == (0 if number == signal.SIGTERM else -number)
-        process.communicate()
-    assert result(tmp_path / "broken") == result(tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir() if not path.name.startswith("step-")) == ["log.csv", "loss.png"]
-
-def test_longer_run_keeps_the_decay(work, tmp_path):
-    args = (*SHAPE, f"--data_dir={work}/data", "--log_interval=1")
-    run("train.py", *args, cwd=tmp_path)
-    output = run("train.py", *args, "--max_iters=16", cwd=tmp_path).stdout
+def test_longer_run_keeps_the_decay_and_another_starts_from_its_weights(toy, call, work, tmp_path):
+    call(*toy)
+    output = call(*toy, "--max_iters=16").out
     rates = [float(row["lr"]) for row in log_rows(tmp_path / "out")[1:]]
     assert "iteration 12;" in output and "max_iters=16 (was 12)" in output
     assert len(rates) == 16 and rates[12:] == pytest.approx([rates[2] / 10] * 4) and rates[11] > rates[12]
     assert [int(row["iter"]) for row in log_rows(tmp_path / "out")] == list(range(17))
+    call(*toy, f"--init_from={work}/out", "--out_dir=tuned")
+    best = min(float(row["val_loss"] or "inf") for row in log_rows(work / "out"))
+    assert float(log_rows(tmp_path / "tuned")[0]["val_loss"]) == best and len(log_rows(tmp_path / "tuned")) == 13
 
-def test_the_same_losses_however_it_is_split(work, tmp_path):
-    args = (*SHAPE, f"--data_dir={work}/data", "--log_interval=1")
-    run("train.py", *args, "--batch_size=8", "--gradient_accumulation_steps=1", "--out_dir=a", cwd=tmp_path)
-    run("train.py", *args, "--batch_size=2", "--gradient_accumulation_steps=4", "--out_dir=b", cwd=tmp_path)
-    torchrun(2, *args, "--out_dir=c", "--max_iters=8", cwd=tmp_path)
-    run("train.py", *args, "--out_dir=c", "--lr_decay_iters=12", cwd=tmp_path)  # stopped on two processes, resumed on one
-    torchrun(4, *args, "--out_dir=d", cwd=tmp_path)
-    expected = log_rows(tmp_path / "a")
+def test_the_same_losses_however_it_is_split(toy, call, tmp_path):
+    """Over 50 iterations: 1 x 8, 4 x 2 and recomputed, in 2 and in 4 processes; then on from 4 processes in one."""
+    args = (*toy, "--max_iters=50", "--eval_interval=25")
+    call(*args, "--batch_size=8", "--gradient_accumulation_steps=1", "--out_dir=a")
+    call(*args, "--batch_size=2", "--gradient_accumulation_steps=4", "--gradient_checkpointing=true", "--out_dir=b")
+    run(*args, "--out_dir=c", cwd=tmp_path, processes=2)
+    run(*args, "--out_dir=d", cwd=tmp_path, processes=4)
     for name in "bcd":
-        for row, other in zip(expected, log_rows(tmp_path / name), strict=True):
-            for key in ("iter", "train_loss", "val_loss"):
-                assert float(row[key] or 0) == pytest.approx(float(other[key] or 0), rel=1e-5), (name, row)
+        assert_same_losses(tmp_path / "a", tmp_path / name)
+    for name in "ad":
+        call(*args, "--max_iters=60", f"--out_dir={name}")
+    assert_same_losses(tmp_path / "a", tmp_path / "d")
+    assert len(log_rows(tmp_path / "d")) == 61
+
+def test_import_does_nothing(tmp_path):
+    code = "import sys, prepare; assert 'torch' not in sys.modules; import train; assert not train.torch.cuda.is_initialized()"
+    output = subprocess.run([sys.executable, "-c", code, "--inptu=no"], cwd=tmp_path, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (output.returncode, output.stdout, output.stderr, contents(tmp_path)) == (0, "", "", {})
+
+def test_overrides(toy, call, tmp_path, work):
+    config = dict(vars(train))
+    prepare.configure(config, ["--learning_rate=1", "--eval_only=TRUE", "--wandb_log=0", "--out_dir=a=b", "--size="])
+    assert [config[key] for key in ("eval_only", "wandb_log", "out_dir", "size")] == [True, False, "a=b", ""]
+    assert config["learning_rate"] == 1 and type(config["learning_rate"]) is float
+    assert "did you mean --learning_rate=VALUE" in refusal(call, "train.py", "--learning_rte=1")
+    assert re.search(r"\nlog_interval = \d+ +# iterations", call("train.py", "--help").out)
+    shutil.copytree(work / "out", tmp_path / "a=b")
+    before = contents(tmp_path)
+    output = call(*toy, "--eval_only=TRUE", "--out_dir=a=b").out
+    assert "val_bpb" in output and "val_perplexity" in output and contents(tmp_path) == before
+
+def test_weights_and_biases(toy, call, monkeypatch):
+    options, steps = {}, []
+    wandb = SimpleNamespace(init=lambda **values: options.update(values), log=lambda row, step: steps.append(step))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    call(*toy, "--wandb_log=1", "--max_iters=3")
+    assert options["config"]["n_embd"] == 32 and steps == [0, 1, 2, 3]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refusal(call, *toy, "--wandb_log=1", "--out_dir=new")
 
 # ------------------------------------------------------------------------------------------------ faults, bad input
-def inject(code, *args, cwd, status=0):
-    """Run train.main after `code`, which has broken something in it."""
-    code = f"import os, sys, torch, train\n{code}\nsys.argv = ['train.py', *{list(args)!r}]\ntrain.main()"
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, text=True, capture_output=True, timeout=240,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert result.returncode == status, result.stderr
-    return result
+def test_out_of_memory_halves_the_micro_batch(toy, call, work, tmp_path, monkeypatch):
+    forward, limit = torch.nn.Embedding.forward, 2
+    def short_of_memory(self, tokens):
+        if len(tokens) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, tokens)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", short_of_memory)
+    output = call(*toy).out
+    assert "out of memory" in output and "4 micro-batches x 2 sequences" in output
+    assert_same_losses(work / "out", tmp_path / "out")
+    limit = 0
+    assert "--block_size=32" in refusal(call, *toy, "--out_dir=new")
 
-def test_out_of_memory_halves_the_micro_batch(work, tmp_path):
-    args = (*SHAPE, f"--data_dir={work}/data", "--log_interval=1")
-    run("train.py", *args, "--out_dir=a", cwd=tmp_path)
-    result = inject("""forward = train.Llama.forward
-def short_of_memory(self, tokens, *args, **kwargs):
-    if len(tokens) > 2: raise torch.OutOfMemoryError("CUDA out of memory")
-    return forward(self, tokens, *args, **kwargs)
-train.Llama.forward = short_of_memory""", *args, "--out_dir=b", cwd=tmp_path)
-    assert "out of memory" in result.stdout and "4 micro-batches x 2 sequences" in result.stdout
-    for row, other in zip(log_rows(tmp_path / "a"), log_rows(tmp_path / "b"), strict=True):
-        assert float(row["train_loss"] or 0) == pytest.approx(float(other["train_loss"] or 0), rel=1e-5)
-    result = inject("train.Llama.forward = lambda *args: torch.empty(2 ** 60)", *args, "--out_dir=c", cwd=tmp_path, status=1)
-    assert "--block_size=32" in result.stderr and "Traceback" not in result.stderr
+def test_what_is_not_finite_is_skipped_and_never_saved(toy, call, tmp_path, monkeypatch):
+    norm, calls, bad = torch.nn.utils.get_total_norm, [], (3, 4)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: norm(grads) * (
+        math.nan if calls.append(0) or len(calls) in bad else 1))
+    assert call(*toy).out.count("skipped") == 2 and train.checkpoints(tmp_path / "out")[-1][0] == 12
+    calls, bad = [], range(6, 99)
+    assert re.search("iterations up to 9, learning rate .* text like '.+'", refusal(call, *toy, "--out_dir=new"))
+    assert all(p.isfinite().all() for p in sample.load_model(train.checkpoints(tmp_path / "new")[-1][2]).parameters())
+    bad = ()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf))
+    assert "not finite" in refusal(call, *toy, "--out_dir=inf")
+    assert [path.name for path in (tmp_path / "inf").iterdir() if path.is_dir()] == ["step-0000000"]
 
-def test_non_finite_updates_are_skipped(work, tmp_path):
-    broken = """step, train.count = torch.nn.utils.get_total_norm, 0
-def sometimes_nan(grads):
-    train.count += 1
-    return step(grads) * (float("nan") if train.count in BAD else 1)
-torch.nn.utils.get_total_norm = sometimes_nan"""
-    args = (*SHAPE, f"--data_dir={work}/data")
-    result = inject(broken.replace("BAD", "(3, 4)"), *args, "--out_dir=a", cwd=tmp_path)
-    assert result.stdout.count("skipped") == 2 and train.checkpoints(tmp_path / "a")[-1][0] == 12
-    result = inject(broken.replace("BAD", "range(6, 99)"), *args, "--out_dir=b", cwd=tmp_path, status=1)
-    assert result.stderr.count("\n") == 1 and re.search(r"iterations up to 9, learning rate .* text like '.+'", result.stderr)
-    for path in (tmp_path / "b").glob("step-*"):
-        assert all(p.isfinite().all() for p in sample.load_model(path).parameters())
+def test_no_compiler_is_no_error(toy, tmp_path):
+    broken = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    assert "not compiled" in run(*toy, "--compile=true", "--max_iters=2", cwd=tmp_path, env=broken).stdout
+    assert log_rows(tmp_path / "out")[-1]["iter"] == "2"
 
-def test_weights_that_are_not_finite_are_not_saved(work, tmp_path):
-    result = inject("""forward = train.Llama.forward
-def poison(self, *args, **kwargs):
-    with torch.no_grad(): self.model.norm.weight[0] = float("inf")
-    return torch.zeros((), requires_grad=True) * sum(p.sum() * 0 for p in self.model.layers.parameters())
-train.evaluate = lambda model, *args: poison(model) and {} or {"val_loss": 1.0}""",
-                    *SHAPE, f"--data_dir={work}/data", cwd=tmp_path, status=1)
-    assert "not finite" in result.stderr and not train.checkpoints(tmp_path / "out")
-
-def test_no_compiler_is_no_error(work, tmp_path):
-    result = inject("os.environ.update(CXX='no-such-compiler', TORCHINDUCTOR_CACHE_DIR=os.getcwd())", *SHAPE, f"--data_dir={work}/data", "--compile=true", "--max_iters=2", cwd=tmp_path)
-    assert "not compiled" in result.stdout and log_rows(tmp_path / "out")[-1]["iter"] == "2"
-
-@pytest.mark.skipif(os.name != "posix", reason="file-size limits are POSIX's")
-def test_full_disk(work, tmp_path):
-    import resource
-    args = (*SHAPE, f"--data_dir={work}/data")
-    run("train.py", *args, "--max_iters=4", cwd=tmp_path)
-    before = {path: path.read_bytes() for path in (tmp_path / "out/step-0000004").iterdir()}
+def test_full_disk(toy, call, tmp_path):
+    resource = pytest.importorskip("resource", reason="file-size limits are POSIX's")
+    call(*toy, "--max_iters=4")
+    before = contents(tmp_path / "out/step-0000004")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    error = run("train.py", *args, cwd=tmp_path, status=1, preexec_fn=limit).stderr
+    error = run(*toy, cwd=tmp_path, status=1, preexec_fn=limit).stderr
     assert "cannot save out/step-0000008" in error and error.count("\n") == 1 and "Traceback" not in error
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out/step-0000004").iterdir()}
-    assert not (tmp_path / "out/tmp").exists()
-    run("train.py", *args, cwd=tmp_path)
+    assert contents(tmp_path / "out/step-0000004") == before and not (tmp_path / "out/tmp").exists()
+    call(*toy)
+    assert log_rows(tmp_path / "out")[-1]["iter"] == "12"
 
-@pytest.mark.parametrize("processes,number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_saves_and_ends(work, tmp_path, processes, number):
-    args, log = (*SHAPE, f"--data_dir={work}/data", "--max_iters=100000", "--log_interval=1"), tmp_path / "out/log.csv"
-    if processes == 1:
-        process = start(*args, cwd=tmp_path)
-    else:
-        process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                    ROOT / "train.py", *args], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_for(lambda: log.exists() and log.read_text().count("\n") > 9, process)
-    if processes == 2:  # one worker is told; the other one has to agree
-        worker = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()[0]
-        os.kill(int(worker), number)
-    else:
-        process.send_signal(number)
-    assert process.wait(timeout=60) == 0
-    process.communicate()
-    iteration = train.checkpoints(tmp_path / "out")[-1][0]
-    assert [int(row["iter"]) for row in log_rows(tmp_path / "out")] == list(range(iteration + 1)) and iteration >= 8
-    assert f"iteration {iteration:,};" in run("train.py", *args, f"--max_iters={iteration + 1}", cwd=tmp_path).stdout
+@pytest.mark.parametrize("processes,number", [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves_and_ends(toy, call, tmp_path, processes, number):
+    process, out = start(*toy, "--max_iters=100000", cwd=tmp_path, processes=processes), tmp_path / "out"
+    wait_for_rows(process, out, 9)
+    told = process.pid  # or one of torchrun's two workers; the other one has to agree
+    if processes:
+        told = int(subprocess.getoutput(f"pgrep -P {process.pid} -f train.py").split()[0])
+    os.kill(told, number)
+    output = process.communicate(timeout=60)
+    iteration = train.checkpoints(out)[-1][0]
+    assert process.returncode == 0 and iteration >= 8, output
+    assert [int(row["iter"]) for row in log_rows(out)] == list(range(iteration + 1))
+    assert f"iteration {iteration:,};" in call(*toy, f"--max_iters={iteration + 1}", "--lr_decay_iters=100000").out
 
-def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(work, tmp_path):
-    args, log = (*SHAPE, f"--data_dir={work}/data", "--max_iters=100000"), tmp_path / "out/log.csv"
-    process = start(*args, cwd=tmp_path)
-    wait_for(lambda: log.exists() and log.read_text().count("\n") > 2, process)
-    assert "wait for the run" in run("train.py", *args, cwd=tmp_path, status=1).stderr
+def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(toy, call, tmp_path):
+    process = start(*toy, "--max_iters=100000", cwd=tmp_path)
+    wait_for_rows(process, tmp_path / "out", 2)
+    assert "wait for the run" in refusal(call, *toy)
     process.send_signal(signal.SIGSTOP)  # so that both signals arrive before it can end by itself
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
         process.send_signal(number)
-    assert process.wait(timeout=60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    process.communicate()
+    process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
+NEWEST, OPEN = "out/step-0000012", lambda w: None
 
-def rewrite(path, change):
-    """Change the JSON in a file."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+def cut(name):
+    return lambda w: (w / name).write_bytes((w / name).read_bytes()[:-100])
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
+def config(name=f"{NEWEST}/config.json", **changes):
+    return lambda w: (w / name).write_text(json.dumps(json.loads((w / name).read_text()) | changes))
 
-NEWEST, OPEN = "out/step-0000012", lambda path: None
-BAD_INPUT = [  # what is done to a folder with data/ and out/, what train.py is told, what the one line must name
-    (OPEN, "--learning_rte=1", "--learning_rate"), (OPEN, "--size", "--size=VALUE"), (OPEN, "max_iters=3", "max_iters=3"),
-    (OPEN, "--max_iters 3", "no = in"), (OPEN, "--max_iters=many", "of type int"), (OPEN, "--max_iters=1.5", "of type int"),
-    (OPEN, "--dropout=x", "of type float"), (OPEN, "--eval_only=maybe", "of type bool"), (OPEN, "--size=7b", "135m"),
-    (OPEN, "--batch_size=-1", "--batch_size=-1"), (OPEN, "--n_head=-2 --out_dir=new", "--n_head=-2"),
-    (OPEN, "--n_head=3 --out_dir=new", "--n_embd / --n_head"), (OPEN, "--n_kv_head=3 --out_dir=new", "--n_head / --n_kv_head"),
-    (OPEN, "--n_embd=36 --out_dir=new", "rotary"), (OPEN, "--dropout=1", "--dropout=1.0"), (OPEN, "--dropout=nan", "--dropout=nan"),
-    (OPEN, "--min_lr=9", "--min_lr=9.0"), (OPEN, "--warmup_iters=13", "--warmup_iters=13"), (OPEN, "--seed=-1", "--seed=-1"),
-    (OPEN, "--optimizer=sgd", "adamw or muon"), (OPEN, "--dtype=float64", "bfloat16"), (OPEN, "--compile=maybe", "true"),
-    (OPEN, "--device=cuda:99", "--device=cuda:99"), (OPEN, "--device=abacus", "abacus"),
-    (OPEN, "--init_from=scratch", "holds a run"), (OPEN, "--init_from=resume --out_dir=new", "holds no run"),
-    (OPEN, "--init_from=no/such-model --out_dir=new", "no/such-model"), (OPEN, "--n_layer=3", "--n_layer=3 (was 2)"),
-    (OPEN, "--optimizer=muon", "--optimizer=muon (was adamw)"), (OPEN, "--block_size=20000", "--block_size=20000"),
-    (lambda w: (w / "data/meta.json").unlink(), "", "meta.json"), (lambda w: cut(w / "data/train.bin"), "", "do not belong"),
-    (lambda w: (w / "data/train.bin").write_bytes(b"\1" * 20001), "", "do not belong"),
-    (lambda w: rewrite(w / "data/meta.json", lambda meta: meta.update(tokenizer_sha256="0")), "", "do not belong"),
-    (lambda w: np.full((w / "data/val.bin").stat().st_size // 2, 600, "<u2").tofile(w / "data/val.bin"), "--out_dir=new", "600"),
-    (lambda w: run("prepare.py", "--vocab_size=400", cwd=w), "", "another tokenizer"),
-    (lambda w: cut(w / NEWEST / "trainer.pt"), "", NEWEST), (lambda w: (w / NEWEST / "trainer.pt").unlink(), "", "trainer.pt"),
-    (lambda w: torch.save(Malicious(), w / NEWEST / "trainer.pt"), "", "trainer.pt"),
-    (lambda w: cut(w / NEWEST / "model.safetensors"), "", NEWEST), (lambda w: (w / NEWEST / "config.json").unlink(), "", "config.json"),
-    (lambda w: (w / NEWEST / "config.json").write_text("{"), "", NEWEST),
-    (lambda w: rewrite(w / NEWEST / "config.json", lambda config: config.update(attention_bias=True)), "", "attention_bias"),
-]
+def tensors(changes, name=f"{NEWEST}/model.safetensors"):
+    return lambda w: save_file({k: v for k, v in (load_file(w / name) | changes).items() if v is not None}, w / name)
 
-@pytest.mark.parametrize("damage,args,named", BAD_INPUT, ids=[f"{row[1]} {row[2]}" for row in BAD_INPUT])
-def test_bad_input_is_explained(work, tmp_path, damage, args, named, monkeypatch):
+BAD_TRAINING = [  # what train.py is told, what the line must name, what is done to a folder with data/ and out/ before
+    ("--max_iters 3", "no = in", OPEN), ("--n_embd=36 --out_dir=new", "rotary", OPEN), ("--size=7b", "135m", OPEN),
+    ("--optimizer=sgd --out_dir=new", "adamw or muon", OPEN), ("--optimizer=muon", "=muon (was adamw)", OPEN),
+    ("--n_layer=3", "--n_layer=3 (was 2)", OPEN), ("--init_from=scratch", "holds a run", OPEN),
+    ("--init_from=resume --out_dir=new", "no run", OPEN), ("--init_from=no/model --out_dir=new", "no/model", OPEN),
+    ("--dropout=nan", "--dropout=nan", OPEN), ("", "meta.json", lambda w: (w / "data/meta.json").unlink()),
+    ("", ".bin", cut("data/train.bin")), ("", ".bin", lambda w: (w / "data/train.bin").write_bytes(b"\1" * 20001)),
+    ("", "tokenizer.json", config("data/meta.json", tokenizer_sha256="0")), ("", NEWEST, cut(f"{NEWEST}/trainer.pt")),
+    ("--out_dir=new", "771", lambda w: (w / "data/val.bin").write_bytes(b"\3" * os.path.getsize(w / "data/val.bin"))),
+    ("", "another tokenizer", lambda w: prepare.prepare(f"{w}/input.txt", "bpe", 400, 0.1, w / "data")),
+    ("", "trainer.pt", lambda w: (w / NEWEST / "trainer.pt").unlink()),
+    ("", "trainer.pt", lambda w: (w / NEWEST / "trainer.pt").write_bytes(b"cos\nmkdir\n(S'pwned'\ntR.")),
+    ("", "config.json", lambda w: (w / NEWEST / "config.json").unlink()), ("", NEWEST, cut(f"{NEWEST}/config.json")),
+    ("", "attention_bias", config(attention_bias=True)), ("", "mlp_bias", config(mlp_bias=True)),
+    ("", "gelu", config(hidden_act="gelu")), ("", "rope_type", config(rope_parameters={"rope_type": "yarn"})),
+    ("", "rope_scaling", config(rope_scaling={"factor": 2.0})), ("", "lm_head", config(tie_word_embeddings=False)),
+    ("", "num_hidden_layers", config(num_hidden_layers=None)), ("", "config.json", config(hidden_size="abc")),
+    ("", "config.json", config(num_attention_heads=0)), ("", "config.json", config(hidden_size=-4)),
+    ("", "config.json", config(rope_theta=[])), ("", "config.json", config(eos_token_id=9999)),
+    ("", NEWEST, cut(f"{NEWEST}/model.safetensors")), ("", "model.norm", tensors({"model.norm.weight": None})),
+    ("", "model.norm", tensors({"model.norm.weight": torch.ones(31)})), ("", "bias", tensors({"bias": torch.ones(3)}))]
+@pytest.mark.parametrize("args,named,damage", BAD_TRAINING)
+def test_bad_input_of_training_is_explained(work, tmp_path, damage, args, named, call):
     shutil.copytree(work, tmp_path / "w")
     damage(tmp_path / "w")
-    before = folder_bytes(tmp_path)
-    args = args.split(" ", 1 if " 3" in args else -1)
-    assert named in refusal(train, *SHAPE, *filter(None, args), cwd=tmp_path / "w", monkeypatch=monkeypatch)
-    after = folder_bytes(tmp_path)
-    assert {path: after[path] for path in before} == before and not (tmp_path / "w/pwned").exists()
-    assert {path.name for path in after.keys() - before.keys()} <= {"log.csv"}
+    before = contents(tmp_path)
+    assert named in refusal(call, "train.py", *SHAPE, *args.split(), cwd=tmp_path / "w")
+    after = contents(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert {path.name for path in after.keys() - before.keys()} <= {"new", "log.csv"}
 
-def test_the_commands_of_the_readme_work(work, tmp_path):
-    """Every python command of the README that needs no network, with the shape of a toy."""
-    for path in ("data", "out"):
-        shutil.copytree(work / path, tmp_path / path)
-    shutil.copy(ROOT / "input.txt", tmp_path / "my.txt")
-    commands = re.findall(r"(?m)^python ((?:prepare|train|sample)\.py[^#\n|&]*)", (ROOT / "README.md").read_text())
-    commands = [line.split() for line in commands if not re.search("http|HuggingFaceTB|web|135m|360m|1.7b|cuda|wandb", line)]
+BAD_FLAGS = {
+    "train.py": "--size max_iters=3 --max_iters=1.5 --max_iters=many --dropout=x --eval_only=maybe --batch_size=-1 "
+                "--n_head=-2 --n_head=3 --n_kv_head=3 --dropout=1 --dropout=nan --seed=-1 --min_lr=9 --warmup_iters=13 "
+                "--compile=maybe --dtype=int8 --device=cuda:99 --device=abacus --block_size=20000 --learning_rte=1",
+    "prepare.py": "--inptu=a --vocab_size=256 --vocab_size=65537 --val_fraction=0 --val_fraction=nan --val_fraction=",
+    "sample.py": "--temperature=-1 --temperature=nan --top_p=0 --top_p=1.5 --min_p=2 --top_k=-1 --num_samples=0 "
+                 "--max_new_tokens=0 --port=70000 --dtype=int8 --model=none --prompt=FILE:no --tempatur=1 --seed=-1"}
+@pytest.mark.parametrize("script,flag", [(script, flag) for script in BAD_FLAGS for flag in BAD_FLAGS[script].split()])
+def test_bad_flags_are_named(toy, work, call, script, flag, tmp_path, capsys):
+    args = {"train.py": toy, "prepare.py": [script], "sample.py": [script, "--device=cpu", f"--model={work}/out"]}
+    assert flag.split("=")[0].strip("-") in refusal(call, *args[script], flag) and not capsys.readouterr().out
+    assert {path.name for path in contents(tmp_path)} <= {"out", "log.csv"}
+
+def test_the_commands_of_the_readme_work(toy, call, work, tmp_path):
+    """Every python command of the README that needs no network and no GPU, with the shape of a toy."""
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "my.txt").write_text((work / "input.txt").read_text("utf-8"), "utf-8")
+    (tmp_path / "prompt.txt").write_text("The")
+    commands = re.findall(r"(?m)^python (\w+\.py [^#\n|&]*)", (ROOT / "README.md").read_text("utf-8"))
+    commands = [line for line in commands if not re.search("http|Hugging|web|135m|360m|1.7b|cuda|gguf|test_", line)]
     assert len(commands) > 5
-    for number, (script, *flags) in enumerate(commands):
-        if script == "train.py" and "--help" not in flags:
-            flags = [*SHAPE, f"--data_dir={work}/data", *flags, "--max_iters=2", f"--out_dir={number}"]
-        run(script, *(flag.strip("'\"") for flag in flags), cwd=tmp_path)
+    for number, (script, *flags) in enumerate(map(shlex.split, commands)):
+        call(*(toy if script == "train.py" else [script]), *flags,
+             *([f"--out_dir={number}", "--max_iters=2"] if script == "train.py" else []))
 
 # ------------------------------------------------------------------------------------------------------ preparation
-PROSE = "An old man said:\r\nstill 1234 geese...\n\nДва слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend" * 30
+PROSE = ("An old man said:\r\nstill 1234 geese...\n\n"
+         "Два слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend") * 30
 
 def prepared(folder):
     """(meta, token ids of both splits in a row, Tokenizer) of a data folder whose counts agree with its files."""
@@ -460,16 +471,6 @@ def documents(folder):
     assert ids[-1] == eot and sum(map(len, texts)) == meta["train_bytes"] + meta["val_bytes"]
     return texts
 
-def snapshot(folder):
-    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-def test_prepare_loses_no_byte(tmp_path):
-    (tmp_path / "input.txt").write_bytes(b"\xef\xbb\xbf" + PROSE.encode())
-    out = run("prepare.py", "--vocab_size=400", cwd=tmp_path)
-    assert documents(tmp_path / "data") == [PROSE.replace("\r\n", "\n").encode()]
-    assert abs(prepared(tmp_path / "data")[0]["val_bytes"] / 3270 - 0.1) < 0.03 and out.stderr == ""
-    assert "(0 lost" in out.stdout and "An old man said:\n" in out.stdout
-
 @pytest.mark.skipif(not SHARED.exists(), reason=f"there is no {SHARED}")
 def test_tiny_shakespeare_is_341094_tokens_however_it_is_cut(tmp_path, monkeypatch):
     text = (SHARED / "tinyshakespeare.txt").read_text()
@@ -481,7 +482,7 @@ def test_tiny_shakespeare_is_341094_tokens_however_it_is_cut(tmp_path, monkeypat
         assert len(ids) == 341_094 and ids == tok.encode(text, add_special_tokens=False).ids
 
 @pytest.mark.parametrize("size, text", [(1, PROSE), (7, PROSE), (300, PROSE), (1 << 16, "a line has no end " * 9000),
-                                        (9000, "字" * 90_000 + "\n- a\n\n c\nd" * 40)], ids=lambda value: str(value)[:9])
+                                        (9000, "字" * 90_000 + "\n- a\n\n c\nd" * 40)], ids=lambda x: str(x)[:9])
 def test_pieces_have_the_tokens_of_the_whole(tmp_path, size, text):
     path, tok = tmp_path / "text.txt", prepare.get_tokenizer("bpe", 300, [(text[:2000], True)])
     path.write_text(text)
@@ -518,10 +519,7 @@ def test_a_tokenizer_that_loses_bytes_is_reported(tmp_path, capsys):
     assert "(100 lost" in capsys.readouterr().out
 
 TEXT = b"a line of text\n" * 50
-BAD_INPUT = [  # what is wrong in a file (text, or the vocabulary of t.json), arguments, what the message names
-    (None, "--inptu=a.txt", "--input="), (None, "--input a.txt", "no = in --input"), (None, "a.txt", "a.txt"),
-    (None, "--vocab_size=ten", "int"), (None, "--vocab_size=256", "from 257"), (None, "--vocab_size=65537", "65536"),
-    (None, "--val_fraction=0", "0.0001"), (None, "--val_fraction=nan", "nan"), (None, "--val_fraction=", "float"),
+BAD_TEXT = [  # what is wrong in a file (text, or the vocabulary of t.json), arguments, what the message names
     (None, "--input=no.txt", "no.txt"), (None, "--input=input.txt,b.txt", "b.txt"), (None, "--input=", "0 bytes"),
     (b"", "", "input.txt: 0 bytes"), (b"x", "", "input.txt: 1 bytes"), (b"one line, with its end\n", "", "no line"),
     (TEXT + b"\0", "", "input.txt is not text"), ("a\nb".encode("utf-16"), "", "input.txt"),
@@ -533,58 +531,66 @@ BAD_INPUT = [  # what is wrong in a file (text, or the vocabulary of t.json), ar
     (None, "--input=http://[", "http://["), (None, "--input=http://127.0.0.1:9/a.txt", "127.0.0.1:9"),
     (None, "--data_dir=input.txt", "make input.txt"), (None, "--data_dir=input.txt/data", "make input.txt/data"),
     ({"a": 0}, "--tokenizer=t.json", "end of text None"), ({"</s>": 70_000}, "--tokenizer=t.json", "70,001 ids")]
-
-@pytest.mark.parametrize("wrong, args, culprit", BAD_INPUT, ids=[f"{row[1]} {row[2]}" for row in BAD_INPUT])
-def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, wrong, args, culprit):
+@pytest.mark.parametrize("wrong, args, named", BAD_TEXT)
+def test_bad_input_of_preparation_is_explained(tmp_path, call, wrong, args, named):
     spec = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": wrong, "unk_token": "a"}}
     (tmp_path / "t.json").write_text(json.dumps(spec, default=str))
     for name in "input.txt", "a.jsonl":
         (tmp_path / name).write_bytes(wrong if isinstance(wrong, bytes) else TEXT)
-    monkeypatch.chdir(tmp_path)
-    before, config = snapshot(tmp_path), dict(vars(prepare))
-    with pytest.raises(SystemExit) as stop:  # of a string: Python prints it on stderr and exits with status 1
-        prepare.configure(config, args.split())
-        prepare.prepare(*(config[key] for key in ("input", "tokenizer", "vocab_size", "val_fraction", "data_dir")))
-    message = stop.value.code
-    assert message.startswith("error: ") and culprit in message and "\n" not in message and snapshot(tmp_path) == before
+    before = contents(tmp_path)
+    assert named in refusal(call, "prepare.py", *args.split()) and contents(tmp_path) == before
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_preparation_that_fails_or_is_stopped_changes_nothing(tmp_path, number):
+def test_preparation_that_is_stopped_changes_nothing_and_the_next_loses_nothing(tmp_path, call, number):
     (tmp_path / "input.txt").write_text(PROSE * 500)
-    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "--vocab_size=260"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start("prepare.py", "--vocab_size=260", cwd=tmp_path)
     while not (tmp_path / ".data-tmp" / "train.bin").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert not (tmp_path / "data").exists() and out == "" and "Traceback" not in err
     if number != signal.SIGKILL:
-        assert process.returncode == 1 and re.fullmatch("error: .*Interrupt.*\n", err) and len(snapshot(tmp_path)) == 1
+        assert process.returncode == 1 and re.fullmatch("error: .*Interrupt.*\n", err) and len(contents(tmp_path)) == 1
         return
-    (tmp_path / "input.txt").write_bytes(PROSE.encode())  # .data-tmp is still there, and the next one cleans up
-    run("prepare.py", "--vocab_size=260", cwd=tmp_path)
-    before = snapshot(tmp_path)
+    (tmp_path / "input.txt").write_bytes(b"\xef\xbb\xbf" + PROSE.encode())
+    out = run("prepare.py", "--vocab_size=400", cwd=tmp_path)  # .data-tmp is still there, and is cleaned up
+    before = contents(tmp_path)
     assert len(before) == 6 and documents(tmp_path / "data") == [PROSE.replace("\r\n", "\n").encode()]
+    assert abs(prepared(tmp_path / "data")[0]["val_bytes"] / 3270 - 0.1) < 0.03 and out.stderr == ""
+    assert "(0 lost" in out.stdout and "An old man said:\n" in out.stdout
     (tmp_path / "input.txt").write_bytes(b"\xff")
-    assert run("prepare.py", cwd=tmp_path, status=1).stderr == "error: input.txt: byte 0 is not UTF-8: convert it\n"
-    assert snapshot(tmp_path) | {Path("input.txt"): PROSE.encode()} == before
+    assert refusal(call, "prepare.py") == "error: input.txt: byte 0 is not UTF-8: convert it"
+    assert contents(tmp_path).items() - before.items() == {(Path("input.txt"), b"\xff")}
+
+# --------------------------------------------------------------------------------------------------------- sampling
 GREEDY = dict(max_new_tokens=20, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=1)
 
-@pytest.fixture(scope="session")
-def folder(work):
-    return sample.find_model(work / "out")
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_greedy_equals_transformers(folder, dtype):
+def test_greedy_equals_transformers_and_sampling_slides(work):
     from transformers import AutoModelForCausalLM
-    llama, tokens = sample.load_model(folder).eval().to(dtype), torch.randint(1, 500, (3, 10))
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).generate(
+    folder, tokens = sample.find_model(work / "out"), torch.randint(1, 500, (3, 10))
+    theirs = AutoModelForCausalLM.from_pretrained(folder).generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    llama, before = sample.load_model(folder).eval(), torch.get_rng_state()
     llama.config.eos_token_id = None
     assert torch.equal(torch.cat(list(sample.generate(llama, tokens, **GREEDY)), 1), theirs[:, 10:])
+    options = GREEDY | {"max_new_tokens": 50, "temperature": 1}  # the context is 32
+    one, two = (torch.cat(list(sample.generate(llama, tokens[[0, 0]], **options)), 1) for _ in range(2))
+    assert one.shape == (2, 50) and torch.equal(one, two) and not torch.equal(one[0], one[1])
+    assert torch.equal(before, torch.get_rng_state())  # the random numbers are its own
 
-def test_stream_gives_whole_characters_and_ends_each_sample(folder, monkeypatch):
-    tokenizer, llama = Tokenizer.from_file(f"{folder}/tokenizer.json"), sample.load_model(folder)
+def test_filters_equal_transformers(monkeypatch):
+    import transformers.generation as g
+    monkeypatch.setattr(torch, "multinomial", lambda probs, *_, **__: probs)
+    logits, tokens = 3 * torch.randn(8, 50), torch.randint(50, (8, 6))
+    ours = sample.choose(logits, tokens, 0.7, 20, 0.8, 0.05, 1.7, None)
+    for kind, value in ((g.RepetitionPenaltyLogitsProcessor, 1.7), (g.TemperatureLogitsWarper, 0.7),
+                        (g.TopKLogitsWarper, 20), (g.TopPLogitsWarper, 0.8), (g.MinPLogitsWarper, 0.05)):
+        logits = kind(value)(tokens, logits)
+    torch.testing.assert_close(ours / ours.sum(1, keepdim=True), logits.softmax(1))
+
+def test_stream_gives_whole_characters_and_ends_each_sample(work, monkeypatch):
+    tokenizer = Tokenizer.from_file(f"{work}/data/tokenizer.json")
+    llama = sample.load_model(sample.find_model(work / "out"))
     text, end = "Zoë 日本 👍🏽!", llama.config.eos_token_id
     ids = tokenizer.encode(text).ids
     rows = torch.tensor([ids[:4] + [end] + ids[5:], ids])
@@ -593,82 +599,31 @@ def test_stream_gives_whole_characters_and_ends_each_sample(folder, monkeypatch)
     assert "".join(second for _, second in pieces) == text and not any("\ufffd" in piece for _, piece in pieces)
     assert not any(first for first, _ in pieces[4:]) and pieces[0][0]
 
-def test_sampling_slides_and_has_its_own_random_numbers(folder):
-    llama, before = sample.load_model(folder).eval(), torch.get_rng_state()
-    options = GREEDY | {"max_new_tokens": 50, "temperature": 1}  # the context is 32
-    llama.config.eos_token_id = None
-    first, second = (torch.cat(list(sample.generate(llama, torch.ones(2, 5, dtype=int), **options)), 1) for _ in "12")
-    assert first.shape == (2, 50) and torch.equal(first, second) and not torch.equal(first[0], first[1])
-    assert torch.equal(before, torch.get_rng_state())
-
-def test_command_line(work, tmp_path):
+def test_command_line(work, call, tmp_path):
     (tmp_path / "prompt.txt").write_text("The")
-    args = ["sample.py", "--device=cpu", f"--prompt=FILE:{tmp_path}/prompt.txt", "--num_samples=3"]
-    first, again = run(*args, cwd=work), run(*args, cwd=work)
-    assert first.stdout == again.stdout != run(*args, "--seed=7", cwd=work).stdout
+    args = ["sample.py", "--device=cpu", "--max_new_tokens=50", f"--prompt=FILE:{tmp_path}/prompt.txt"]
+    first = run(*args, "--num_samples=3", cwd=work)
+    assert first.stdout == call(*args, "--num_samples=3", cwd=work).out
+    assert first.stdout != call(*args, "--num_samples=3", "--seed=7", cwd=work).out
     samples = first.stdout.split("\n" + "-" * 20 + "\n")
     assert len(samples) == 3 and all(text.startswith("The") for text in samples)
     assert "past 32 tokens" in first.stderr and "tokens/s" in first.stderr
-    assert run(*args[:2], "--temperature=0", cwd=work).stdout.strip()  # without a prompt
-    assert "context" in run(*args[:2], "--prompt=" + "word " * 99, cwd=work, status=1).stderr
-
-def test_ctrl_c_leaves_the_text_so_far(work):
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--prompt=Hello", "--max_new_tokens=1000000000",
-                                "--device=cpu"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert call(*args[:3], "--temperature=0", cwd=work).out.strip()  # without a prompt
+    assert "context" in refusal(call, *args[:3], "--prompt=" + "word " * 99, cwd=work)
+    process = start("sample.py", "--prompt=Hello", "--max_new_tokens=1000000000", "--device=cpu", cwd=work)
     assert process.stdout.read(6)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # the text so far is left
     rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and rest.endswith(b"\n") and b"Traceback" not in errors
-
-def test_folders_of_transformers_load(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    for tied in (True, False):
-        theirs = LlamaForCausalLM(LlamaConfig(
-            vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            tie_word_embeddings=tied, eos_token_id=None, bos_token_id=None, rope_parameters={"rope_theta": 5e4}))
-        theirs.save_pretrained(tmp_path / f"{tied}", max_shard_size="20KB")
-        ours, tokens = sample.load_model(tmp_path / f"{tied}"), torch.arange(60)[None]
-        assert len(list(tmp_path.glob(f"{tied}/*.safetensors"))) > 1 and sample.end_ids(ours) == []
-        torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
-
-NORM = "model.norm.weight"
-BAD_FOLDERS = [  # a word of the message, what is changed in config.json, which tensors are changed
-    ("attention_bias", {"attention_bias": True}, {}), ("mlp_bias", {"mlp_bias": True}, {}),
-    ("gelu", {"hidden_act": "gelu"}, {}), ("rope_scaling", {"rope_scaling": {"type": "linear", "factor": 2.0}}, {}),
-    ("rope_type", {"rope_parameters": {"rope_type": "yarn"}}, {}), ("lm_head", {"tie_word_embeddings": False}, {}),
-    ("num_hidden_layers", {"num_hidden_layers": None}, {}), ("config.json", {"hidden_size": "abc"}, {}),
-    ("config.json", {"num_attention_heads": 0}, {}), ("config.json", {"hidden_size": -4}, {}),
-    ("config.json", {"rope_theta": []}, {}), ("config.json", {"eos_token_id": 9999}, {}),
-    (NORM, {}, {NORM: None}), (NORM, {}, {NORM: torch.ones(31)}), ("extra", {}, {"extra.bias": torch.ones(3)})]
-
-@pytest.mark.parametrize("culprit, config, tensors", BAD_FOLDERS)
-def test_bad_folders_are_refused_by_name(folder, tmp_path, culprit, config, tensors):
-    config = json.loads((folder / "config.json").read_text()) | config
-    tensors = {k: v for k, v in (load_file(folder / "model.safetensors") | tensors).items() if v is not None}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(SystemExit, match=culprit) as end:
-        sample.load_model(tmp_path)
-    assert "\n" not in str(end.value) and before == {path: path.read_bytes() for path in tmp_path.iterdir()}
-
-@pytest.mark.parametrize("flag", (
-    "--temperature=-1 --temperature=nan --top_p=0 --top_p=1.5 --min_p=2 --top_k=-1 --num_samples=0 --seed=-1 "
-    "--max_new_tokens=0 --port=70000 --dtype=int8 --model=no/such --prompt=FILE:no --tempature=1").split())
-def test_bad_sampling_flags_are_named(work, flag, monkeypatch, capsys):
-    assert flag[2:].split("=")[0] in refusal(sample, "--device=cpu", flag, cwd=work, monkeypatch=monkeypatch)
-    assert not capsys.readouterr().out
+    assert process.returncode == 130 and rest.endswith("\n") and "Traceback" not in errors
 
 @pytest.fixture(scope="session")
 def page(work):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    import contextlib, urllib.request
+    import socket
     port = 20_000 + os.getpid() % 10_000
     server = subprocess.Popen([sys.executable, ROOT / "sample.py", "--web=True", f"--port={port}"], cwd=work)
-    while server.poll() is None:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}")
-            break
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert server.poll() is None
         time.sleep(0.5)
     yield f"http://127.0.0.1:{port}"
     assert server.poll() is None  # no request has ended it
@@ -697,30 +652,21 @@ def test_page_in_a_browser(page, tmp_path):
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
         browser.implicitly_wait(60)
         browser.get(page)
-        browser.find_element("xpath", "//button[contains(., 'Generate')]")
-        prompt, text = browser.find_elements("tag name", "textarea")
-        prompt.send_keys("Hello")
+        button = lambda name: browser.find_element("xpath", f"//button[contains(., '{name}')]")
+        text = lambda: browser.execute_script("return document.querySelectorAll('textarea')[1].value")
+        button("Generate")  # once it is there, so is the rest
+        browser.find_element("tag name", "textarea").send_keys("Hello")
         browser.find_element("css selector", "input[type=number]").send_keys("\ue009a\ue0002000")  # Control-A first
-        browser.find_element("xpath", "//button[contains(., 'Generate')]").click()
+        button("Generate").click()
         told = ["Hello"]
         while len(told) < 4:  # it grows
-            told += [now for now in [text.get_property("value")] if len(now) > len(told[-1])]
-        browser.find_element("xpath", "//button[contains(., 'Stop')]").click()
-        browser.find_element("xpath", "//button[contains(., 'Generate')]")
-        told.append(text.get_property("value"))
+            told += [now for now in [text()] if len(now) > len(told[-1])]
+        button("Stop").click()
+        button("Generate")
+        told.append(text())
         time.sleep(2)
-        assert told[-1].startswith("Hello") and text.get_property("value") == told[-1]
+        assert told[-1].startswith("Hello") and text() == told[-1]
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-def test_filters_equal_transformers(monkeypatch):
-    import transformers.generation as g
-    monkeypatch.setattr(torch, "multinomial", lambda probs, *_, **__: probs)
-    logits, tokens = 3 * torch.randn(8, 50), torch.randint(50, (8, 6))
-    ours = sample.choose(logits, tokens, 0.7, 20, 0.8, 0.05, 1.7, None)
-    for kind, value in ((g.RepetitionPenaltyLogitsProcessor, 1.7), (g.TemperatureLogitsWarper, 0.7),
-                        (g.TopKLogitsWarper, 20), (g.TopPLogitsWarper, 0.8), (g.MinPLogitsWarper, 0.05)):
-        logits = kind(value)(tokens, logits)
-    torch.testing.assert_close(ours / ours.sum(1, keepdim=True), logits.softmax(1))
-
 
 # -------------------------------------------------------------------------------------------------------- benchmark
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", 5))  # timed turns of each side; the tables show their medians
@@ -748,7 +694,6 @@ for _ in sys.stdin:
 
 def build(who, dtype, positions):
     """SmolLM2-135M, of train.py or of transformers, with the same random weights in both."""
-    from types import SimpleNamespace
     config = train.ONLY | {name: BIG[key] for key, name in train.HF_NAMES.items()} | {
         "tie_word_embeddings": True, "head_dim": BIG["n_embd"] // BIG["n_head"], "max_position_embeddings": positions,
         "initializer_range": BIG["n_embd"] ** -0.5, "bos_token_id": None, "eos_token_id": None,
@@ -856,8 +801,7 @@ def table(title, rows):
 
 def bench_step(folder):
     sides = "ours compiled", "theirs compiled", "ours eager", "theirs eager"
-    peaks = [peak for name, peak in getattr(train, "PEAK_FLOPS", {}).items()
-             if GPU and name in torch.cuda.get_device_name()]
+    peaks = [peak for name, peak in train.PEAK_FLOPS.items() if GPU and name in torch.cuda.get_device_name()]
     for size in ((16, 1024), (16, 2048)) if GPU else ((4, 256),):
         found = alternate({side: (__file__, "worker", "step_worker", *side.split(), *size) for side in sides} | {
             "products alone": (__file__, "worker", "products_worker", *size)})
