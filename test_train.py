@@ -444,7 +444,8 @@ def test_the_commands_of_the_readme_work(toy, call, work, tmp_path):
              *([f"--out_dir={number}", "--max_iters=2"] if script == "train.py" else []))
 
 # ------------------------------------------------------------------------------------------------------ preparation
-PROSE = "An old man said:\r\nstill 1234 geese...\n\nДва слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend" * 30
+PROSE = ("An old man said:\r\nstill 1234 geese...\n\n"
+         "Два слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend") * 30
 
 def prepared(folder):
     """(meta, token ids of both splits in a row, Tokenizer) of a data folder whose counts agree with its files."""
@@ -475,7 +476,7 @@ def test_tiny_shakespeare_is_341094_tokens_however_it_is_cut(tmp_path, monkeypat
         assert len(ids) == 341_094 and ids == tok.encode(text, add_special_tokens=False).ids
 
 @pytest.mark.parametrize("size, text", [(1, PROSE), (7, PROSE), (300, PROSE), (1 << 16, "a line has no end " * 9000),
-                                        (9000, "字" * 90_000 + "\n- a\n\n c\nd" * 40)], ids=lambda value: str(value)[:9])
+                                        (9000, "字" * 90_000 + "\n- a\n\n c\nd" * 40)], ids=lambda x: str(x)[:9])
 def test_pieces_have_the_tokens_of_the_whole(tmp_path, size, text):
     path, tok = tmp_path / "text.txt", prepare.get_tokenizer("bpe", 300, [(text[:2000], True)])
     path.write_text(text)
