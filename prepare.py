@@ -4,7 +4,7 @@ Turn text into what train.py reads: tokenizer.json, train.bin and val.bin (littl
 $ python prepare.py                                                         # input.txt, and a BPE trained on it
 $ python prepare.py --input=a.txt,b.jsonl --tokenizer=HuggingFaceTB/SmolLM2-135M
 """
-import collections, difflib, glob, hashlib, io, itertools, json, os, re, shutil, signal, sys, urllib.request
+import collections, contextlib, difflib, glob, hashlib, io, itertools, json, os, re, shutil, signal, sys, urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -14,38 +14,44 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------- config
 input = "input.txt"  # text, or .jsonl with a "text" field: a file, a folder, a URL, or several with commas between
 tokenizer = "bpe"    # bpe (trained on the input), a tokenizer.json, a folder that holds one, or a hub id
-vocab_size = 2048    # of the bpe tokenizer: 257 to 65536
-val_fraction = 0.1   # of the text's bytes, the last ones, are for validation: 0.0001 to 0.9999
+vocab_size = 2048    # 257 to 65536 ids, of the bpe tokenizer
+val_fraction = 0.1   # 0.0001 to 0.9999 of the text's bytes, the last ones, are for validation
 data_dir = "data"    # where the four files go
 # ---------------------------------------------------------------------------------- options, for all three scripts
 def fail(message):
     """End the program with exit status 1 and the message as one line on stderr (under torchrun, one per machine)."""
     sys.exit("error: " + " ".join(message.split()) if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
+@contextlib.contextmanager
+def explained(problem):
+    """Turn what goes wrong inside, of whatever kind, Ctrl-C too, into one line on stderr."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        fail(f"{problem} ({type(error).__name__}: {str(error)[:300]})")
+
 def configure(config, argv):
-    """Override a script's config block, given as its globals(), by --key=value arguments; --help prints the block."""
+    """Override a script's config block, given as its globals(), by --key=value arguments; --help prints the block. A
+    comment that begins like "0 to 1" or "cosine | wsd" says what is allowed; other numbers must not be negative."""
     block = re.search(r"(?ms)^# -+ config\n(.*?)\n# ---", Path(config["__file__"]).read_text("utf-8"))[1]
-    keys = re.findall(r"(?m)^(\w+) = ", block)
+    rules = dict(re.findall(r"(?m)^(\w+) = .*?  # (.*)", block))
     for arg in argv:
         key, equals, value = arg.removeprefix("--").partition("=")
-        if arg in ("--help", "-h"):
-            sys.exit(print(config["__doc__"].strip(), block, sep="\n\n"))  # with status 0
-        if not equals or key not in keys or not arg.startswith("--"):
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
+        if arg in ("--help", "-h"): sys.exit(print(config["__doc__"].strip(), block, sep="\n\n"))  # with status 0
+        if not equals or key not in rules or not arg.startswith("--"):
+            near = difflib.get_close_matches(key, rules, n=1, cutoff=0)[0]
             fail(f"{'unknown option' if equals else 'no = in'} {arg}: did you mean --{near}=VALUE? See --help")
         kind = type(config[key])
         try:
             config[key] = ["false", "0", "true", "1"].index(value.lower()) > 1 if kind is bool else kind(value)
         except ValueError:
             fail(f"{arg}: {key} takes a value of type {kind.__name__}, as in --{key}={config[key]}")
-
-def check(config, allowed):
-    """Refuse a value of a config block that is not from its (lowest, highest) or of its [words], in any case."""
-    for key, values in allowed.items():
-        words = isinstance(values, list)
+    for key, rule in rules.items():
+        words, ends = re.match(r"[\w.]+( \| [\w.]+)+", rule), re.match(r"(\S+) to ([\d.e]+)", rule) or (0, 0, 1e15)
         value = config[key] = config[key].lower() if words else config[key]
-        if not (value in values if words else values[0] <= value <= values[1]):
-            fail(f"--{key}={value}: must be {' or '.join(values) if words else 'from %s to %s' % values}")
+        if not (value in words[0].split(" | ") if words else
+                isinstance(value, str) or float(ends[1]) <= value <= float(ends[2])):
+            fail(f"--{key}={value} is not allowed: {rule}")
 
 PIECE = 1 << 16  # characters tokenized at a time. Where CUT divides a text, its tokens are those of the whole:
 CUT = re.compile(r".*\S\n(?=\w)|.{65536,}\S(?= \S)|.{262144,}", re.S)  # after a line, else a word, else anywhere
@@ -62,8 +68,7 @@ def read(files, size):
     """Yield (text, whether a document ends there), in pieces of about `size` characters, all line ends as newlines."""
     for path in files:
         with open(path, encoding="utf-8-sig") as file:
-            if b"\0" in file.buffer.peek():
-                fail(f"{path} is not text: it holds zero bytes")
+            if b"\0" in file.buffer.peek(): fail(f"{path} is not text: it holds zero bytes")
             try:
                 for number, document in enumerate(file if path.endswith(".jsonl") else [file], 1):
                     if document is not file:  # but a line; encode() refuses what is no string or half a character
@@ -127,22 +132,17 @@ def encode(files, tokenizer, vocab_size, val_fraction, out):
             f"{meta['val_tokens']:,} for validation, {used.sum():,} of {size:,} different ones in use, "
             f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes each:\n{next(read(files, 300))[0][:300]}")
 
-def prepare(input, tokenizer, vocab_size, val_fraction, data_dir):
+def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction, data_dir=data_dir):
     """Write train.bin, val.bin, tokenizer.json and meta.json into data_dir, all or none, and print what was found."""
-    check(locals(), {"vocab_size": (257, 65536), "val_fraction": (0.0001, 0.9999)})
     tmp = next(p for p in Path(data_dir, "_").absolute().parents if p.exists()) / f".{Path(data_dir).name}-tmp"
-    try:
+    with explained(f"cannot make {data_dir} of {input} with the tokenizer {tokenizer}"), contextlib.ExitStack() as end:
+        end.callback(shutil.rmtree, tmp, ignore_errors=True)
         tmp.mkdir(exist_ok=True)  # there may be one, of a preparation that was killed
         report = encode(list(find_files(input, tmp)), tokenizer, vocab_size, val_fraction, tmp)
         Path(data_dir).mkdir(parents=True, exist_ok=True)
         Path(data_dir, "meta.json").unlink(missing_ok=True)  # first out and last in: without it nothing is valid
-        for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
-            os.replace(tmp / name, Path(data_dir, name))
-    except (Exception, KeyboardInterrupt) as error:  # the disk's, the network's, the tokenizer's; Ctrl-C
-        fail(f"cannot make {data_dir} of {input} with the tokenizer {tokenizer}: {type(error).__name__} {error}")
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    print(report)
+        for name in "train.bin", "val.bin", "tokenizer.json", "meta.json": os.replace(tmp / name, Path(data_dir, name))
+        print(report)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C

@@ -111,7 +111,7 @@ def test_logits_equal_transformers(tmp_path, changes):
 @torch.no_grad()
 def test_checkpoint_is_a_hugging_face_folder_and_validation_exact(work):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    path, total = train.checkpoints(work / "out")[-1][2], 0.0
+    path, total = sample.checkpoints(work / "out")[-1][2], 0.0
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     text = (work / "input.txt").read_text("utf-8")[5000:5100]
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -168,15 +168,32 @@ def test_sliced_loss_equals_cross_entropy(vocabulary):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_repeated_batch_is_learned(monkeypatch, optimizer):
     torch.manual_seed(0)
-    model = new_model(monkeypatch, **TINY, optimizer=optimizer, learning_rate=0.01, muon_learning_rate=0.03)
+    model = new_model(monkeypatch, **TINY, optimizer=optimizer)
     optimizers, tokens = train.make_optimizers(model), torch.randint(0, 512, (4, 33))
     for _ in range(60):
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 128
         loss.backward()
         for one in optimizers:
+            for group in one.param_groups:
+                group["lr"] = 0.01
             one.step()
             one.zero_grad()
     assert loss < 0.1
+
+def test_muon_is_exact(monkeypatch):
+    """Its first step, in float64: Nesterov's momentum of 0.95, five steps of Newton-Schulz, the size of AdamW's."""
+    model, x = new_model(monkeypatch, **TINY, optimizer="muon"), torch.randint(0, 512, (4, 33))
+    model(x[:, :-1], x[:, 1:]).backward()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    before, update = weight.detach().double(), weight.grad.double().T
+    update = update / update.norm()
+    for _ in range(5):
+        gram = update @ update.T
+        update = 3.4445 * update + (-4.775 * gram + 2.0315 * gram @ gram) @ update
+    with train.Float32():
+        train.make_optimizers(model)[1].step()  # at its default rate of 0.001
+    expected = before * (1 - 1e-3 * train.weight_decay) - 1e-3 * 0.2 * 64 ** 0.5 * update.T
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-7)
 
 # --------------------------------------------------------------------------------------------- data order, schedule
 def windows(work, monkeypatch, iterations, world=1, **settings):
@@ -212,7 +229,7 @@ def test_batches_depend_on_seed_and_iteration_alone(work, monkeypatch):
 def test_schedule_corners(monkeypatch, schedule):
     for key, value in dict(schedule=schedule, learning_rate=1, min_lr=.1, warmup_iters=10, lr_decay_iters=100).items():
         monkeypatch.setattr(train, key, value)
-    factors, cosine = [train.schedule_factor(i) for i in range(130)], schedule == "cosine"
+    factors, cosine = [train.scheduled_rate(i) for i in range(130)], schedule == "cosine"
     assert factors[0] == pytest.approx(1 / 11) and factors[9] == pytest.approx(10 / 11) and factors[10] == 1
     assert factors[100:] == pytest.approx([0.1] * 30)
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
@@ -231,7 +248,7 @@ def assert_same_losses(out, other):
 
 def result(out):
     """What a run has come to, to the last bit: the losses of log.csv, the weights and the optimizers' state."""
-    path, keys = train.checkpoints(out)[-1][2], ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm")
+    path, keys = sample.checkpoints(out)[-1][2], ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm")
     optimizers = torch.load(path / "trainer.pt", weights_only=True)["optimizers"]
     state = torch.utils._pytree.tree_map(lambda tensor: tensor.numpy().tobytes(), optimizers)
     return [[row[key] for key in keys] for row in log_rows(out)], (path / "model.safetensors").read_bytes(), state
@@ -248,13 +265,13 @@ def test_resume_is_exact(toy, call, tmp_path, optimizer, kills):
     """With dropout and accumulation, a run that is killed and stopped near its saves ends as the one that never was."""
     args, out = (*toy, "--dropout=0.2", f"--optimizer={optimizer}", "--max_iters=40"), tmp_path / "broken"
     for number in kills:
-        newest = max([0, *(entry[0] for entry in train.checkpoints(out))])
+        newest = max([0, *(entry[0] for entry in sample.checkpoints(out))])
         process = start(*args, "--out_dir=broken", cwd=tmp_path)
         wait_for_rows(process, out, newest + 5)
         process.send_signal(number)
         output = process.communicate(timeout=60)
         assert process.returncode == (0 if number == signal.SIGTERM else -number), output
-    assert train.checkpoints(out)[-1][0] < 40
+    assert sample.checkpoints(out)[-1][0] < 40
     call(*args, "--out_dir=broken")
     call(*args, "--out_dir=whole")
     assert result(out) == result(tmp_path / "whole")
@@ -264,7 +281,7 @@ def test_longer_run_keeps_the_decay_and_another_starts_from_its_weights(toy, cal
     call(*toy)
     output = call(*toy, "--max_iters=16").out
     rates = [float(row["lr"]) for row in log_rows(tmp_path / "out")[1:]]
-    assert "iteration 12;" in output and "max_iters=16 (was 12)" in output
+    assert "iteration 12 of" in output and "max_iters=16 (was 12)" in output
     assert len(rates) == 16 and rates[12:] == pytest.approx([rates[2] / 10] * 4) and rates[11] > rates[12]
     assert [int(row["iter"]) for row in log_rows(tmp_path / "out")] == list(range(17))
     call(*toy, f"--init_from={work}/out", "--out_dir=tuned")
@@ -292,11 +309,11 @@ def test_import_does_nothing(tmp_path):
 
 def test_overrides(toy, call, tmp_path, work):
     config = dict(vars(train))
-    prepare.configure(config, ["--learning_rate=1", "--eval_only=TRUE", "--wandb_log=0", "--out_dir=a=b", "--size="])
-    assert [config[key] for key in ("eval_only", "wandb_log", "out_dir", "size")] == [True, False, "a=b", ""]
+    prepare.configure(config, ["--learning_rate=1", "--eval_only=TRUE", "--wandb_log=0", "--out_dir=a=b", "--size=Tiny"])
+    assert [config[key] for key in ("eval_only", "wandb_log", "out_dir", "size")] == [True, False, "a=b", "tiny"]
     assert config["learning_rate"] == 1 and type(config["learning_rate"]) is float
     assert "did you mean --learning_rate=VALUE" in refusal(call, "train.py", "--learning_rte=1")
-    assert re.search(r"\nlog_interval = \d+ +# iterations", call("train.py", "--help").out)
+    assert re.search(r"\nlog_interval = \d+ +# 1 to", call("train.py", "--help").out)
     shutil.copytree(work / "out", tmp_path / "a=b")
     before = contents(tmp_path)
     output = call(*toy, "--eval_only=TRUE", "--out_dir=a=b").out
@@ -326,13 +343,13 @@ def test_out_of_memory_halves_the_micro_batch(toy, call, work, tmp_path, monkeyp
     assert "--block_size=32" in refusal(call, *toy, "--out_dir=new")
 
 def test_what_is_not_finite_is_skipped_and_never_saved(toy, call, tmp_path, monkeypatch):
-    norm, calls, bad = torch.nn.utils.get_total_norm, [], (3, 4)
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: norm(grads) * (
+    norm, calls, bad = torch.nn.utils.clip_grad_norm_, [], (3, 4)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norm(*args) * (
         math.nan if calls.append(0) or len(calls) in bad else 1))
-    assert call(*toy).out.count("skipped") == 2 and train.checkpoints(tmp_path / "out")[-1][0] == 12
+    assert call(*toy).out.count("skipped") == 2 and sample.checkpoints(tmp_path / "out")[-1][0] == 12
     calls, bad = [], range(6, 99)
     assert re.search("iterations up to 9, learning rate .* text like '.+'", refusal(call, *toy, "--out_dir=new"))
-    assert all(p.isfinite().all() for p in sample.load_model(train.checkpoints(tmp_path / "new")[-1][2]).parameters())
+    assert all(p.isfinite().all() for p in sample.load_model(sample.checkpoints(tmp_path / "new")[-1][2]).parameters())
     bad = ()
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf))
     assert "not finite" in refusal(call, *toy, "--out_dir=inf")
@@ -362,10 +379,10 @@ def test_a_signal_saves_and_ends(toy, call, tmp_path, processes, number):
     told = int(subprocess.getoutput(f"pgrep -P {process.pid} -f train.py").split()[0]) if processes else process.pid
     os.kill(told, number)
     output = process.communicate(timeout=60)
-    iteration = train.checkpoints(out)[-1][0]
+    iteration = sample.checkpoints(out)[-1][0]
     assert process.returncode == 0 and iteration >= 8, output
     assert [int(row["iter"]) for row in log_rows(out)] == list(range(iteration + 1))
-    assert f"iteration {iteration:,};" in call(*toy, f"--max_iters={iteration + 1}", "--lr_decay_iters=100000").out
+    assert f"iteration {iteration:,} of" in call(*toy, f"--max_iters={iteration + 1}", "--lr_decay_iters=100000").out
 
 def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(toy, call, tmp_path):
     process = start(*toy, "--max_iters=100000", cwd=tmp_path)
@@ -389,7 +406,7 @@ def tensors(changes, name=f"{NEWEST}/model.safetensors"):
 
 BAD_TRAINING = [  # what train.py is told, what the line must name, what is done to a folder with data/ and out/ before
     ("--max_iters 3", "no = in", OPEN), ("--n_embd=36 --out_dir=new", "rotary", OPEN), ("--size=7b", "135m", OPEN),
-    ("--optimizer=sgd --out_dir=new", "adamw or muon", OPEN), ("--optimizer=muon", "=muon (was adamw)", OPEN),
+    ("--optimizer=sgd --out_dir=new", "adamw | muon", OPEN), ("--optimizer=muon", "=muon (was adamw)", OPEN),
     ("--n_layer=3", "--n_layer=3 (was 2)", OPEN), ("--init_from=scratch", "holds a run", OPEN),
     ("--init_from=resume --out_dir=new", "no run", OPEN), ("--init_from=no/model --out_dir=new", "no/model", OPEN),
     ("--dropout=nan", "dropout", OPEN), ("", "meta.json", lambda w: (w / "data/meta.json").unlink()),

@@ -6,44 +6,36 @@ $ python train.py --size=135m --batch_size=4 --max_iters=100 # any value of the 
 $ torchrun --standalone --nproc_per_node=8 train.py          # eight GPUs: the same batches, the same losses
 $ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --learning_rate=1e-4 --out_dir=out-tuned  # fine-tune
 """
-import contextlib, csv, functools, importlib.util, json, math, os, shutil, signal, sys, time
+import atexit, csv, functools, importlib.util, json, math, os, shutil, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import prepare
-from prepare import check, configure, fail
-
-@contextlib.contextmanager
-def explained(problem):
-    """Turn what goes wrong inside, of whatever kind, into one line on stderr."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"{problem} ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+from prepare import configure, explained, fail
 
 # ----------------------------------------------------------------------------------------------------------- config
-# a value left at 0, -1 or auto comes from the checkpoint that is resumed, else from the row of its size in SIZES
+# what is 0, -1 or auto is taken from the checkpoint that is resumed, else from the row of the size in SIZES
 out_dir = "out"                  # checkpoints, log.csv and loss.png of one run
 data_dir = "data"                # what prepare.py wrote; if there is none, input.txt is prepared
 init_from = "auto"               # auto (resume if there is a checkpoint), scratch, resume, or a model folder or hub id
-eval_interval = 250              # iterations between evaluations, each with a checkpoint and a sample
-log_interval = 10                # iterations between rows of log.csv
+eval_interval = 250              # 1 to 1e9 iterations between evaluations, each with a checkpoint and a sample
+log_interval = 10                # 1 to 1e9 iterations between rows of log.csv
 eval_only = False                # evaluate once and end
 wandb_log = False                # log to Weights & Biases too
 batch_size = 0                   # sequences in a micro-batch, at most
 gradient_accumulation_steps = 0  # times batch_size: sequences in an iteration, over all processes
 block_size = 0                   # tokens in a sequence: the context length
-size = "auto"                    # auto (135m on a GPU, tiny on a CPU), tiny, 135m, 360m, 1.7b
+size = "auto"                    # auto | tiny | 135m | 360m | 1.7b (auto: 135m on a GPU, tiny on a CPU)
 n_layer = 0                      # layers
 n_head = 0                       # query heads
 n_kv_head = 0                    # key and value heads; divides n_head
@@ -52,38 +44,35 @@ intermediate_size = 0            # channels inside the MLP
 vocab_size = 0                   # rows of the embedding; of tiny, as many as the tokenizer has ids
 rope_theta = 0.0                 # base of the rotary embedding
 norm_eps = 0.0                   # added inside RMSNorm
-dropout = 0.0                    # probability, on the embedding and on both branches of a layer
-optimizer = "auto"               # adamw, or muon: Muon for the layers' matrices, AdamW for the rest
-learning_rate = 0.0              # peak, of AdamW
-muon_learning_rate = 0.0         # peak, of Muon; it follows the same schedule
+dropout = 0.0                    # 0 to 0.9999, probability, on the embedding and on both branches of a layer
+optimizer = "auto"               # auto | adamw | muon (Muon for the layers' matrices, AdamW for the rest)
+learning_rate = 0.0              # peak
 max_iters = 0                    # iterations: optimizer updates
 weight_decay = 0.1               # of matrices
-beta1 = 0.9                      # of AdamW
-beta2 = 0.95                     # of AdamW
+beta1 = 0.9                      # 0 to 0.9999, of AdamW
+beta2 = 0.95                     # 0 to 0.9999, of AdamW
 grad_clip = 1.0                  # largest norm of the gradient; 0: no limit
-schedule = "cosine"              # cosine, or wsd (constant, then linear over the last fifth)
-warmup_iters = -1                # linear warm-up; -1: a twentieth of max_iters
-lr_decay_iters = -1              # iteration from which on the rate is min_lr; -1: max_iters of the run's first start
-min_lr = -1.0                    # -1: a tenth of learning_rate
+schedule = "cosine"              # cosine | wsd (constant, then linear over the last fifth)
+warmup_iters = -1                # -1 to 1e9, linear warm-up; -1: a twentieth of max_iters
+lr_decay_iters = -1              # -1 to 1e9, iteration from which on the rate is min_lr; -1: max_iters at the start
+min_lr = -1.0                    # -1 to 1e9; -1: a tenth of learning_rate
 gradient_checkpointing = False   # recompute layers in the backward pass: less memory, more time
 seed = 1337                      # of weights, data order and dropout
 device = "auto"                  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"                   # of matrix products: auto, float32, bfloat16, float16
-compile = "auto"                 # auto, true, false
+dtype = "auto"                   # auto | float32 | bfloat16 | float16, of matrix products
+compile = "auto"                 # auto | true | false (auto: on GPUs, and from 512 channels on)
 # ------------------------------------------------------------------------------------------------------ model sizes
 config_keys = [k for k, v in globals().items() if not k.startswith("_") and isinstance(v, (bool, int, float, str))]
 HF_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
                 n_embd="hidden_size", intermediate_size="intermediate_size", vocab_size="vocab_size",
                 rope_theta="rope_theta", norm_eps="rms_norm_eps")  # the shape, and what config.json calls it
 ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # Llamas known here
-RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer",
-          "learning_rate", "muon_learning_rate")
+RECIPE = *HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer", "learning_rate"
 SIZES = {name: dict(zip(RECIPE, row)) for name, row in {  # shapes of SmolLM2 (arXiv:2502.02737), and a tiny one
-    "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 1000, "adamw", 4e-3, 0.03),
-    "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3, 0.02),
-    "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3, 0.02),
-    "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.02)}.items()}
-AUTOMATIC = {key: globals()[key] for key in (*RECIPE, "size", "warmup_iters", "lr_decay_iters", "min_lr")}  # to fill()
+    "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 1000, "muon", 4e-3),
+    "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3),
+    "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3),
+    "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4)}.items()}
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # a second: dense, 16 bits, by data sheet
 
@@ -97,10 +86,9 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.head_dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, C, bias=False)
+        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, n, bias=False) for n in (q_size, kv_size, kv_size))
+        self.o_proj = nn.Linear(q_size, C, bias=False)
 
     def forward(self, x, rope, cache, position):
         B, T, _ = x.shape
@@ -142,19 +130,17 @@ def slice_loss(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
 def sliced_loss(x, weight, targets):
-    """slice_loss, a slice of the tokens at a time. The logits never exist as a whole, as the gradient is taken right
-    here, while a slice's logits are at hand (Liger Kernel, arXiv:2410.10989)."""
-    step, total, training = max(1, 2 ** 25 // len(weight)), 0.0, torch.is_grad_enabled()  # 128 MiB of logits
-    leaves = [tensor.detach().requires_grad_(training) for tensor in (x, weight)]
-    for part, some_targets in zip(leaves[0].split(step), targets.split(step)):
-        loss = slice_loss(part, leaves[1], some_targets)
-        if training:
-            loss.backward()
+    """slice_loss in slices of 128 MiB of logits, which never exist as a whole: the gradient is taken slice by slice,
+    while a slice's logits are at hand (Liger Kernel, arXiv:2410.10989)."""
+    step, total, training = max(1, 2 ** 25 // len(weight)), 0.0, torch.is_grad_enabled()
+    a, b = (tensor.detach().requires_grad_(training) for tensor in (x, weight))
+    for part, some_targets in zip(a.split(step), targets.split(step)):
+        loss = slice_loss(part, b, some_targets)
+        if training: loss.backward()
         total = total + loss.detach()
-    if training:  # a product that has this gradient, and whose value is taken away again
-        product = sum(torch.dot(tensor.flatten(), leaf.grad.flatten()) for tensor, leaf in zip((x, weight), leaves))
-        total = total + (product - product.detach())
-    return total
+    if not training: return total
+    product = torch.dot(x.flatten(), a.grad.flatten()) + torch.dot(weight.flatten(), b.grad.flatten())
+    return total + (product - product.detach())  # which is total, and has those gradients
 
 class Llama(nn.Module):
     """Hugging Face's LlamaForCausalLM, tensor for tensor; `config` holds what its config.json does."""
@@ -169,8 +155,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
         angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:  # norms are ones already; what layers add up keeps its size in the sum (GPT-2)
                 summands = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
@@ -180,7 +165,7 @@ class Llama(nn.Module):
         """Logits (B, T, V) of tokens (B, T), or with targets (B, T) their summed loss; with a key/value cache, whose
         first `position` places are filled, the logits of the last token alone (B, 1, V)."""
         x = F.dropout(self.model.embed_tokens(tokens), dropout, self.training)
-        rope = [table[position:position + tokens.shape[1]].to(x.dtype) for table in (self.cos, self.sin)]
+        rope = self.rope[:, position:position + tokens.shape[1]].to(x.dtype)  # (2, T, head_dim / 2)
         for i, layer in enumerate(self.model.layers):
             if gradient_checkpointing and self.training:
                 layer = functools.partial(checkpoint, layer, use_reentrant=False)
@@ -211,49 +196,40 @@ def get_windows(split, starts, device):
     batch = torch.from_numpy(np.where(at < len(data), data.take(at, mode="clip").astype(int), -1))
     if batch.max() >= vocab_size:
         fail(f"{data_dir}/{split}.bin has the id {batch.max()}, the model only {vocab_size}: run prepare.py again")
-    if device.type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
+    batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
 
 # ------------------------------------------------------------------------------------------- optimizer and schedule
 def make_optimizers(model):
     """[AdamW for everything], or [AdamW for embedding and norms, Muon (Jordan, 2024) for the layers' matrices]."""
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
-    hidden = [p for name, p in matrices.items() if ".layers." in name]
-    tables = [p for name, p in matrices.items() if ".layers." not in name]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
+    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    tables = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." not in name]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": tables + hidden * (optimizer == "adamw")}, {"params": vectors, "weight_decay": 0.0}]
-    fused = vectors[0].device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=fused)
-    return [adamw] if optimizer == "adamw" else [adamw, torch.optim.Muon(hidden, muon_learning_rate, weight_decay)]
+    adamw = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")  # as arXiv:2502.16982
+    return [adamw] if optimizer == "adamw" else [adamw, muon]
 
-def schedule_factor(iteration):
-    """What the peak rates are multiplied by in the update that follows `iteration` others."""
-    low, left = min_lr / learning_rate, max(0, lr_decay_iters - iteration)
-    if iteration < warmup_iters:
-        return (iteration + 1) / (warmup_iters + 1)
+class Float32(torch.overrides.TorchFunctionMode):
+    """Keeps .bfloat16() from rounding: without it torch's Muon is as exact as the rest, and faster on most CPUs."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
+
+def scheduled_rate(iteration):
+    """The learning rate of the update that follows `iteration` others."""
+    if iteration < warmup_iters: return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    left = max(0, lr_decay_iters - iteration) / max(1, lr_decay_iters - warmup_iters)  # from 1 down to 0
     if schedule == "wsd":  # warm-up, stable, decay (MiniCPM, arXiv:2404.06395)
-        return low + (1 - low) * min(1, left / (lr_decay_iters / 5))
-    return low + (1 - low) * (0.5 - 0.5 * math.cos(math.pi * left / (lr_decay_iters - warmup_iters)))
+        return min_lr + (learning_rate - min_lr) * min(1, 5 * max(0, 1 - iteration / lr_decay_iters))
+    return min_lr + (learning_rate - min_lr) * (0.5 - 0.5 * math.cos(math.pi * left))
 
 # ------------------------------------------------------------------------------------------------------- checkpoint
-def checkpoints(folder):
-    """[(iteration, validation loss or inf, path)] of the checkpoints in an out folder, the newest last."""
-    found = []
-    for path in Path(folder).glob("step-*"):
-        with explained(f"{path} is damaged: move it away, and the others will be used"):
-            loss = json.loads(Path(path, "config.json").read_text())["val_loss"]
-            found.append((int(path.name[5:]), math.inf if loss is None else loss, path))
-    return sorted(found)
-
 def save_checkpoint(model, iteration, val_loss, trainer):
     """Write out_dir/step-<iteration>, which appears whole or not at all; then keep only the newest and the best."""
     path, tmp, eos = Path(out_dir, f"step-{iteration:07d}"), Path(out_dir, "tmp"), model.config.eos_token_id
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(f"weights not finite at iteration {iteration:,}, and not saved: resume with a lower --learning_rate")
-    with explained(f"cannot save {path}: make room and run again; the checkpoints before it are whole"), \
-            contextlib.ExitStack() as cleanup:
-        cleanup.callback(shutil.rmtree, tmp, ignore_errors=True)  # in case that something fails
+    with explained(f"cannot save {path}: make room and run again; the checkpoints before it are whole"):
         tmp.mkdir()
         save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
         torch.save(trainer, tmp / "trainer.pt")
@@ -265,15 +241,13 @@ def save_checkpoint(model, iteration, val_loss, trainer):
         flush(*tmp.iterdir(), tmp)
         tmp.rename(path)
         flush(out_dir)
-        saved = checkpoints(out_dir)
+        saved = sample.checkpoints(out_dir)
         for _, _, old in set(saved) - {saved[-1], min(saved, key=lambda entry: entry[1])}:
-            old.rename(tmp)  # first, so that no step- folder is ever half there
-            shutil.rmtree(tmp)
+            shutil.rmtree(old.rename(tmp))  # renamed first, so that no step- folder is ever half there
 
 def flush(*paths):
     """Bring files, or folders' lists of files, to the disk itself."""
-    for path in paths if os.name == "posix" else ():
-        fd = os.open(path, os.O_RDONLY)
+    for fd in (os.open(path, os.O_RDONLY) for path in paths if os.name == "posix"):
         os.fsync(fd)
         os.close(fd)
 
@@ -284,69 +258,53 @@ def choose_device(name):
     with explained(f"--device={name} cannot be used here, --device={best} can"):
         return torch.zeros(1, device=best if name == "auto" else name).device
 
-def fill(*sources):
-    """Give the globals that still have their automatic value the one of the first source that has any."""
-    for key, value in (item for values in sources for item in values.items()):
-        if key in AUTOMATIC and globals()[key] == AUTOMATIC[key]:
-            globals()[key] = value
-
-def check_settings(world):
-    """Refuse, in one line, what cannot work."""
-    counts = (*HF_NAMES, "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "block_size",
-              "max_iters", "lr_decay_iters")
-    check(globals(), dict.fromkeys(counts, (1, 10 ** 12)) | {
-        "norm_eps": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.9999), "seed": (0, 2 ** 31),
-        "weight_decay": (0, 1000), "grad_clip": (0, 1e9), "learning_rate": (1e-9, 1000), "min_lr": (0, learning_rate),
-        "muon_learning_rate": (1e-9, 1000), "warmup_iters": (0, min(max_iters, lr_decay_iters)),
-        "optimizer": ["adamw", "muon"], "schedule": ["cosine", "wsd"], "compile": ["auto", "true", "false"],
-        "dtype": ["auto", "float32", "bfloat16", "float16"]})
-    for what, number, divisor in (
-            ("--n_embd / --n_head", n_embd, n_head), ("--n_head / --n_kv_head", n_head, n_kv_head),
-            ("half of --n_embd / --n_head, for the rotary embedding,", n_embd // n_head, 2),
-            ("sequences / processes", batch_size * gradient_accumulation_steps, world)):
-        if number % divisor:
-            fail(f"{what} is {number} / {divisor}, no whole number: change one of them")
+def fill(automatic, *sources):
+    """Give each setting that is still `automatic` the value of the first source, of {setting: value}, that has one."""
+    for key in (key for key in sources[-1] if globals()[key] in automatic):
+        globals()[key] = next(values[key] for values in sources if key in values)
 
 def open_data(source, rank, world):
-    """meta.json of data_dir, seen to be whole and to fit the model folder `source`, if there is one."""
+    """meta.json of data_dir, which is made of input.txt if it is missing, once all is seen to fit together: settings,
+    data, tokenizer, and the model folder `source` if there is one."""
     if rank == 0 and not Path(data_dir, "train.bin").exists():
-        tokenizer = str(source or prepare.tokenizer)
-        prepare.prepare(prepare.input, tokenizer, prepare.vocab_size, prepare.val_fraction, data_dir)
+        prepare.prepare(tokenizer=str(source or prepare.tokenizer), data_dir=data_dir)
     if world > 1: dist.barrier()
     with explained(f"cannot train on {data_dir}: run python prepare.py --data_dir={data_dir} on your text again"):
         meta = json.loads(Path(data_dir, "meta.json").read_text())
-        found = {f"{split}.bin": os.path.getsize(f"{data_dir}/{split}.bin") // 2 for split in ("train", "val")}
-        found["tokenizer.json"] = prepare.fingerprint(f"{data_dir}/tokenizer.json")
-        for name, told in zip(found, (meta["train_tokens"], meta["val_tokens"], meta["tokenizer_sha256"])):
-            if found[name] != told:
-                raise ValueError(f"{name} is not the one that meta.json tells of")
-        if source and prepare.fingerprint(f"{source}/tokenizer.json") != meta["tokenizer_sha256"]:
-            raise ValueError(f"{source} has another tokenizer, which --tokenizer={source} would use")
-        if meta["train_tokens"] < 2 * block_size:
-            raise ValueError(f"{meta['train_tokens']:,} tokens are too few for --block_size={block_size}")
+        files = [os.path.getsize(f"{data_dir}/{split}.bin") // 2 for split in ("train", "val")]
+        files += [prepare.fingerprint(f"{folder}/tokenizer.json") for folder in (data_dir, source or data_dir)]
+    fill((0,), {"vocab_size": meta["vocab_size"]})
+    told = [meta[key] for key in ("train_tokens", "val_tokens", "tokenizer_sha256")]
+    share, last = batch_size * gradient_accumulation_steps / world, min(max_iters, lr_decay_iters)
+    for problem, found in {
+            f"the files in {data_dir} are not those of its meta.json: run prepare.py again": files[:3] != told,
+            f"{source} has another tokenizer: prepare with --tokenizer={source}": files[2] != files[3],
+            f"{data_dir} has too few tokens for --block_size={block_size}": meta["train_tokens"] < 2 * block_size,
+            f"--n_embd={n_embd} / --n_head={n_head} is not even, as the rotary embedding needs": n_embd / n_head % 2,
+            f"--n_head={n_head} is no multiple of --n_kv_head={n_kv_head}": n_head % n_kv_head,
+            f"--batch_size x --gradient_accumulation_steps is no multiple of {world} processes": share % 1,
+            f"--min_lr={min_lr} is not from 0 to --learning_rate={learning_rate}": not 0 <= min_lr <= learning_rate,
+            f"--warmup_iters={warmup_iters} is more than all {last} iterations": warmup_iters > last}.items():
+        if found: fail(problem)
     return meta
 
 def fit_micro_batch(model, inputs, targets, autocast, say):
-    """The most sequences, up to batch_size, that a forward and backward pass has memory for. The trial also compiles
-    the model; where that fails, the run goes on without."""
+    """The most sequences, up to batch_size, that memory suffices for; on the way, the model is compiled or not."""
     sizes = [n for n in range(batch_size, 0, -1) if len(inputs) % n == 0]
     while sizes:
         try:
             reserve = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # for AdamW and DDP, later
-            with autocast:
-                model(inputs[:sizes[0]], targets[:sizes[0]]).backward()
+            with autocast: model(inputs[:sizes[0]], targets[:sizes[0]]).backward()
             return sizes[0]
         except torch._dynamo.exc.TorchDynamoException as error:
             say(f"warning: not compiled, so slower: {str(error).splitlines()[0]}")
             torch.compiler.set_stance("force_eager")
         except RuntimeError as error:
-            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # GPU, CPU
-                raise
+            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")): raise  # GPU, CPU
             sizes = [n for n in sizes if n <= sizes[0] // 2]
             say(f"out of memory: micro-batches of {max(sizes, default=0)} sequences, the same tokens per iteration")
         finally:
-            reserve = None
-            model.zero_grad()
+            reserve = model.zero_grad()  # None
     fail(f"no memory for one sequence: lower --block_size={block_size}, or try --gradient_checkpointing=true")
 
 # ------------------------------------------------------------------------------------------- evaluation and records
@@ -363,8 +321,7 @@ def evaluate(model, meta, micro, rank, world, device):
     return {"val_loss": loss, "val_bpb": bits / meta["val_bytes"], "val_perplexity": math.exp(min(loss, 700))}
 
 def open_log(rows):
-    """Where new rows go: functions that add one to `rows`, to out_dir/log.csv, which is written anew, and to Weights &
-    Biases. No other run can have out_dir while this one lasts."""
+    """Functions that add a row to `rows`, log.csv and Weights & Biases. Locks out_dir, and writes log.csv anew."""
     with explained(f"cannot use --out_dir={out_dir}: choose another, or wait for the run that uses it"):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(out_dir, "log.csv"), "a", newline="", buffering=1)
@@ -373,17 +330,16 @@ def open_log(rows):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
     shutil.rmtree(Path(out_dir, "tmp"), ignore_errors=True)  # a killed run's
+    atexit.register(shutil.rmtree, Path(out_dir, "tmp"), ignore_errors=True)  # of a save that fails
     log = csv.DictWriter(file, ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
                                 "val_perplexity", "mfu"), lineterminator="\n")
     log.writeheader()
     log.writerows(rows)
-    logs = [rows.append, log.writerow]
-    if wandb_log:
-        with explained("--wandb_log=true does not work: pip install wandb, and wandb login"):
-            import wandb
-            wandb.init(project="smollm2", name=out_dir, config={key: globals()[key] for key in config_keys})
-            logs.append(lambda row: wandb.log(row, step=row["iter"]))
-    return logs
+    if not wandb_log: return [rows.append, log.writerow]
+    with explained("--wandb_log=true does not work: pip install wandb, and wandb login"):
+        import wandb
+        wandb.init(project="smollm2", name=out_dir, config={key: globals()[key] for key in config_keys})
+    return [rows.append, log.writerow, lambda row: wandb.log(row, step=row["iter"])]
 
 def draw_curve(rows):
     """Draw the rows of log.csv as out_dir/loss.png."""
@@ -402,19 +358,16 @@ def draw_curve(rows):
 # ------------------------------------------------------------------------------------------------------------- main
 def main():
     global slice_loss
-    import sample  # here, as it imports this file
     configure(globals(), sys.argv[1:])
-    check(globals(), {"size": ["auto", *SIZES], "dropout": (0, 0.9999)})
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = choose_device(globals()["device"])
+    cuda, say = device.type == "cuda", tqdm.write if rank == 0 else lambda line: None
     if world > 1: dist.init_process_group()  # nccl between GPUs, gloo between CPUs
-    say = tqdm.write if rank == 0 else lambda line: None
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
 
     # where to start: the newest checkpoint of this run, another model, or scratch
-    saved, trainer = checkpoints(out_dir), {"iteration": 0, "rows": [], "settings": {}}
+    saved, trainer = sample.checkpoints(out_dir), {"iteration": 0, "rows": [], "settings": {}}
     if saved and init_from == "scratch" or not saved and init_from == "resume":
         fail(f"--init_from={init_from}, but {out_dir} holds {'a' if saved else 'no'} run: choose another --out_dir")
     source = saved[-1][2] if saved else None if init_from in ("auto", "scratch") else sample.find_model(init_from)
@@ -423,42 +376,44 @@ def main():
             trainer = torch.load(source / "trainer.pt", map_location="cpu", weights_only=True)  # which runs no code
     raw, iteration, rows = sample.load_model(source) if source else None, trainer["iteration"], trainer["rows"]
     before = trainer["settings"] | {key: getattr(raw.config, name) for key, name in HF_NAMES.items() if raw}
-    fill(SIZES.get(size, {}), before, {"size": "135m" if device.type == "cuda" else "tiny"})
-    fill(SIZES[size])
-    fill({"lr_decay_iters": max_iters, "min_lr": learning_rate / 10, "warmup_iters": min(max_iters // 20, 2000)})
+    fill(("auto",), before, {"size": "135m" if cuda else "tiny"})
+    fill((0, "auto"), before, SIZES[size])
+    fill((-1,), before, {"lr_decay_iters": max_iters, "min_lr": learning_rate / 10,
+                         "warmup_iters": min(max_iters // 20, 2000)})
     changed = {key: f"--{key}={globals()[key]} (was {old})" for key, old in before.items() if globals()[key] != old}
     for key in changed.keys() & {*HF_NAMES, "optimizer"}:
         fail(f"{source} cannot go on with {changed[key]}: leave it out, or choose another --out_dir")
     meta = open_data(source, rank, world)
-    fill({"vocab_size": meta["vocab_size"]})
-    check_settings(world)
     torch.manual_seed(seed)
-    if not source:
-        raw = Llama(SimpleNamespace(
-            **ONLY, **{name: globals()[key] for key, name in HF_NAMES.items()}, architectures=["LlamaForCausalLM"],
-            head_dim=n_embd // n_head, max_position_embeddings=block_size, tie_word_embeddings=True,
-            initializer_range=n_embd ** -0.5, eos_token_id=meta["eos_token_id"]))
-    check(globals(), {"block_size": (1, raw.config.max_position_embeddings)})
+    raw = raw or Llama(SimpleNamespace(
+        **ONLY, **{name: globals()[key] for key, name in HF_NAMES.items()}, architectures=["LlamaForCausalLM"],
+        head_dim=n_embd // n_head, max_position_embeddings=block_size, tie_word_embeddings=True,
+        initializer_range=n_embd ** -0.5, eos_token_id=meta["eos_token_id"]))
+    limit = raw.config.max_position_embeddings
+    if block_size > limit: fail(f"--block_size={block_size} is more than the {limit} positions of {source}")
     recording = rank == 0 and not eval_only
     logs = open_log(rows) if recording else []
     raw.to(device).train()
+    signals = []
+    def ask_to_stop(number, frame):  # a second signal ends at once; but torchrun repeats the Ctrl-C that it shares
+        if signals and (world == 1 or time.time() > signals[0] + 2): os._exit(128 + number)
+        signals.append(time.time())
+    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, ask_to_stop)
 
     # how to compute: precision, optimizers, compiler, micro-batches, processes
-    cuda, wide = device.type == "cuda", n_embd >= 512  # CPUs gain from bfloat16 and compiling once the model is wide
+    wide = n_embd >= 512  # CPUs gain from bfloat16 and compiling once the model is wide
     bf16 = torch.cuda.get_device_capability(device)[0] >= 8 if cuda else wide and torch.cpu._is_avx512_bf16_supported()
     precision = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float16" if cuda else "float32")
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    optimizers = make_optimizers(raw)
     scaler = torch.amp.GradScaler(device.type, 4096.0, enabled=precision == torch.float16)
+    optimizers = make_optimizers(raw)
     if saved:  # the state alone: rates and the like are today's
         for one, state in zip(optimizers, trainer["optimizers"]):
             one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
         scaler.load_state_dict(trainer["scaler"])
-    peaks = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
     compiled = compile == "true" or compile == "auto" and (cuda or wide)
     if compiled:
-        for layer in raw.model.layers:  # one by one: the first is compiled, the others share its code
-            layer.compile(dynamic=False)
+        for layer in raw.model.layers: layer.compile(dynamic=False)  # the first is compiled, the others share its code
         slice_loss = torch.compile(slice_loss, dynamic=False)
     inputs, targets = training_batch(iteration, meta, rank, world, device)
     micro = fit_micro_batch(raw, inputs, targets, autocast, say)
@@ -473,23 +428,14 @@ def main():
     chip = torch.cuda.get_device_name(device) if cuda else device.type
     peak = next((peak * world for name, peak in PEAK_FLOPS.items() if name in chip), None)
     drawing = importlib.util.find_spec("matplotlib") is not None
-    notes = [*changed.values()] or ["no setting changed"]
-    notes += ["nothing to do: raise --max_iters"] * (iteration >= max_iters)
-    notes += ["no loss.png: pip install matplotlib"] * (not drawing)
-    say(f"device     {world} x {chip}, {str(precision)[6:]}, {'' if compiled else 'not '}compiled\n"
-        f"model      {size}, {n_params:,} parameters: {', '.join(f'{part} {n:,}' for part, n in parts.items())}\n"
-        f"data       {meta['train_tokens']:,} tokens, {meta['val_tokens']:,} for validation; {epochs:.1f} epochs in "
-        f"{max_iters:,} iterations\n"
-        f"iteration  {world} processes x {len(inputs) // micro} micro-batches x {micro} sequences x {block_size} = "
-        f"{tokens:,} tokens of {flops:.3g} FLOPs\n"
-        f"start      {source or 'scratch'}, iteration {iteration:,}; {', '.join(notes)}")
-    signals = []
-    def ask_to_stop(number, frame):  # a second signal ends at once; but torchrun repeats the Ctrl-C that it shares
-        if signals and (world == 1 or time.time() > signals[0] + 2):
-            os._exit(128 + number)
-        signals.append(time.time())
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    say(f"device     {world} x {chip}, {str(precision)[6:]}, {'' if compiled else 'not '}compiled")
+    say(f"model      {size}, {n_params:,} parameters: {', '.join(f'{part} {n:,}' for part, n in parts.items())}")
+    say(f"data       {meta['train_tokens']:,} tokens, {meta['val_tokens']:,} for validation; {epochs:.1f} epochs")
+    say(f"iteration  {tokens:,} tokens of {flops:.3g} FLOPs: {world} processes x {len(inputs) // micro} micro-batches "
+        f"x {micro} sequences x {block_size}")
+    say(f"start      {source or 'scratch'}, iteration {iteration:,} of {max_iters:,}, "
+        f"{', '.join(changed.values()) or 'no setting changed'}")
+    if not drawing: say("no loss.png: pip install matplotlib")
     tokenizer = Tokenizer.from_file(f"{data_dir}/tokenizer.json")
     options = {key: getattr(sample, key) for key in sample.OPTIONS} | {"max_new_tokens": 100, "seed": seed}
     bar = tqdm(total=max_iters, initial=iteration, disable=None if rank == 0 else True, dynamic_ncols=True)
@@ -498,59 +444,49 @@ def main():
     while True:  # evaluate, log, save, stop, update
         due = iteration > done and (eval_only or iteration % eval_interval == 0 or iteration >= max_iters)
         if due:
-            with autocast:
-                row |= {"iter": iteration} | evaluate(raw, meta, micro, rank, world, device)
+            with autocast: row |= {"iter": iteration} | evaluate(raw, meta, micro, rank, world, device)
         if row:
             facts = ", ".join(f"{key} {value:{',' if isinstance(value, int) else '.5g'}}" for key, value in row.items())
             say(facts) if bar.disable or due else bar.set_postfix_str(facts)
-            for log in logs:
-                log(row)
+            for log in logs: log(row)
         if recording and (due or stopping):
             save_checkpoint(raw, iteration, row.get("val_loss"), {
                 "iteration": iteration, "rows": rows, "settings": {key: globals()[key] for key in config_keys},
                 "scaler": scaler.state_dict(), "optimizers": [one.state_dict()["state"] for one in optimizers]})
-            if drawing:
-                draw_curve(rows)
+            if drawing: draw_curve(rows)
             with torch.compiler.set_stance("force_eager"):
                 say("".join(new for new, in sample.stream(raw.eval(), tokenizer, [meta["eos_token_id"]], 1, **options)))
             raw.train()
-        if eval_only or stopping or iteration >= max_iters:
-            break
+        if eval_only or stopping or iteration >= max_iters: break
 
-        began, factor, loss = time.perf_counter(), schedule_factor(iteration), torch.zeros((), device=device)
+        began, rate, loss = time.perf_counter(), scheduled_rate(iteration), torch.zeros((), device=device)
         torch.manual_seed(seed + iteration * world + rank)  # so that dropout, too, depends on the iteration alone
         for start in range(0, len(inputs), micro):
             model.require_backward_grad_sync = start + micro == len(inputs)  # of DDP: once an iteration
-            with autocast:
-                part = model(inputs[start:start + micro], targets[start:start + micro]) / targets.numel()
+            with autocast: part = model(inputs[start:start + micro], targets[start:start + micro]) / targets.numel()
             scaler.scale(part).backward()
             loss += part.detach()
-        for one in optimizers:
-            scaler.unscale_(one)
-        norm = nn.utils.get_total_norm([p.grad for p in raw.parameters()])
+        for one in optimizers: scaler.unscale_(one)
+        norm = nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)
         stats = torch.stack((loss, norm, torch.tensor(float(len(signals)), device=device)))
         text, (inputs, targets) = inputs[0, :20], training_batch(iteration + 1, meta, rank, world, device)
         if world > 1: dist.all_reduce(stats)
-        loss, mean_norm, stopping = (stats / world).tolist()  # here the device is waited for
-        rate, skipped = learning_rate * factor, 0 if math.isfinite(loss + mean_norm) else skipped + 1
-        if skipped:
-            say(f"iteration {iteration:,}: loss {loss}, gradient norm {mean_norm}: update skipped")
-        else:
-            nn.utils.clip_grads_with_norm_(raw.parameters(), grad_clip or math.inf, norm)
-            for group, peak_rate in peaks:
-                group["lr"] = peak_rate * factor
-            for one in optimizers:
-                scaler.step(one)
+        loss, norm, stopping = (stats / world).tolist()  # here the device is waited for
+        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+        if skipped: say(f"iteration {iteration:,}: loss {loss}, gradient norm {norm}: update skipped")
         if skipped == 5:
             fail(f"no finite gradient in five iterations up to {iteration:,}, learning rate {rate:.3g}, on text like "
                  f"{tokenizer.decode(text.tolist())!r}: run again with a lower --learning_rate")
+        for one in optimizers if not skipped else ():
+            for group in one.param_groups: group["lr"] = rate
+            with Float32(): scaler.step(one)
         scaler.update()
         raw.zero_grad()
         iteration, row = iteration + 1, {}
         bar.update()
         if iteration % log_interval == 0 or iteration % eval_interval == 0 or iteration == max_iters:
             speed = tokens / (time.perf_counter() - began)
-            row = {"iter": iteration, "train_loss": loss, "lr": rate, "grad_norm": mean_norm,
+            row = {"iter": iteration, "train_loss": loss, "lr": rate, "grad_norm": norm,
                    "tokens_per_second": round(speed)} | ({"mfu": speed * flops / peak} if peak else {})
     bar.close()
     if recording:
@@ -561,4 +497,5 @@ def main():
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]  # what sample.py imports is this file, with its settings
+    import sample
     main()
