@@ -42,8 +42,7 @@ def run(*args, cwd, status=0, **kwargs):
 def call(monkeypatch, capsys, tmp_path):
     """A function like run(), but quicker: in this process, though with fresh modules and so settings of their own."""
     def call(script, *args, cwd=tmp_path):
-        for name in "train", "sample":
-            monkeypatch.delitem(sys.modules, name, raising=False)
+        for name in "train", "sample": monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.setattr(sys, "argv", [script, *args])
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -51,8 +50,7 @@ def call(monkeypatch, capsys, tmp_path):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
-            if end.code:
-                raise
+            if end.code: raise
         gc.collect()  # closes log.csv, and so unlocks it
         return capsys.readouterr()
     return call
@@ -129,8 +127,7 @@ def test_checkpoint_is_a_hugging_face_folder_and_validation_exact(work):
 
 def new_model(monkeypatch, **settings):
     """A fresh train.Llama, with some of train's globals set."""
-    for key, value in settings.items():
-        monkeypatch.setattr(train, key, value)
+    for key, value in settings.items(): monkeypatch.setattr(train, key, value)
     return train.Llama(SimpleNamespace(
         **{name: getattr(train, key) for key, name in train.HF_NAMES.items()}, tie_word_embeddings=True, eos_token_id=0,
         head_dim=train.n_embd // train.n_head, max_position_embeddings=train.block_size,
@@ -174,8 +171,7 @@ def test_a_repeated_batch_is_learned(monkeypatch, optimizer):
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 128
         loss.backward()
         for one in optimizers:
-            for group in one.param_groups:
-                group["lr"] = 0.01
+            for group in one.param_groups: group["lr"] = 0.01
             one.step()
             one.zero_grad()
     assert loss < 0.1
@@ -319,21 +315,20 @@ def test_overrides(toy, call, tmp_path, work):
     output = call(*toy, "--eval_only=TRUE", "--out_dir=a=b").out
     assert "val_bpb" in output and "val_perplexity" in output and contents(tmp_path) == before
 
-def test_weights_and_biases(toy, call, monkeypatch):
-    options, steps = {}, []
-    wandb = SimpleNamespace(init=lambda **values: options.update(values), log=lambda row, step: steps.append(step))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    call(*toy, "--wandb_log=1", "--max_iters=3")
-    assert options["config"]["n_embd"] == 32 and steps == [0, 1, 2, 3]
+def test_weights_and_biases(toy, call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refusal(call, *toy, "--wandb_log=1", "--out_dir=new")
+    monkeypatch.delitem(sys.modules, "wandb")
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    run(*toy, "--wandb_log=1", "--max_iters=3", cwd=tmp_path, env=os.environ | {"WANDB_MODE": "offline"})
+    logged = next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    assert all(value.encode() in logged for row in log_rows(tmp_path / "out") for value in row.values())
 
 # ------------------------------------------------------------------------------------------------ faults, bad input
 def test_out_of_memory_halves_the_micro_batch(toy, call, work, tmp_path, monkeypatch):
     forward, limit = torch.nn.Embedding.forward, 2
     def short_of_memory(self, tokens):
-        if len(tokens) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(tokens) > limit: raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, tokens)
     monkeypatch.setattr(torch.nn.Embedding, "forward", short_of_memory)
     output = call(*toy).out
@@ -389,8 +384,7 @@ def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(toy, call, tmp
     wait_for_rows(process, tmp_path / "out", 2)
     assert "wait for the run" in refusal(call, *toy)
     process.send_signal(signal.SIGSTOP)  # so that both signals arrive before it can end by itself
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-        process.send_signal(number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT): process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
@@ -461,8 +455,7 @@ def test_the_commands_of_the_readme_work(toy, call, work, tmp_path):
              *([f"--out_dir={number}", "--max_iters=2"] if script == "train.py" else []))
 
 # ------------------------------------------------------------------------------------------------------ preparation
-PROSE = ("An old man said:\r\nstill 1234 geese...\n\n"
-         "Два слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend") * 30
+PROSE = ("An old man said:\r\nstill 1234 geese...\n\nДва слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend") * 30
 
 def prepared(folder):
     """(meta, token ids of both splits in a row, Tokenizer) of a data folder whose counts agree with its files."""
@@ -647,8 +640,7 @@ def test_page_serves_two_at_once_and_survives_bad_input(page):
     first, second, third = (job.result(timeout=120) for job in jobs)
     assert first == third and first.startswith("First") and second.startswith("Second") and "First" not in second
     for values in (("Bad", 50, 0.8, 1, 0, None), ("Bad", 50, -1, 1, 0, 1), ("word " * 99, 50, 0.8, 1, 0, 1)):
-        with pytest.raises(Exception):
-            one.predict(*values)
+        with pytest.raises(Exception): one.predict(*values)
 
 def test_page_in_a_browser(page, tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -890,8 +882,7 @@ def bench_learn(folder):
 def benchmark(names):
     """The parts that are named; with no name all but prepare1gb, which BENCH_FULL=1 adds."""
     import importlib.metadata, tempfile
-    if names[:1] == ["worker"]:
-        return serve(*names[1:])
+    if names[:1] == ["worker"]: return serve(*names[1:])
     parts = {"step": bench_step, "sample": bench_sample, "prepare": bench_prepare, "cold": bench_cold,
              "learn": bench_learn, "prepare1gb": lambda folder: bench_prepare(folder, 10 ** 9, 1)}
     cpu = re.findall("model name\t*: (.*)", subprocess.getoutput("cat /proc/cpuinfo"))[:1]
@@ -903,5 +894,4 @@ def benchmark(names):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"  # the usual one may hold what a kill left behind
             parts[name](Path(folder))
 
-if __name__ == "__main__":
-    benchmark(sys.argv[1:])
+if __name__ == "__main__": benchmark(sys.argv[1:])
