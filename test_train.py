@@ -305,7 +305,7 @@ def test_import_does_nothing(tmp_path):
 
 def test_overrides(toy, call, tmp_path, work):
     config = dict(vars(train))
-    prepare.configure(config, ["--learning_rate=1", "--eval_only=TRUE", "--wandb_log=0", "--out_dir=a=b", "--size=Tiny"])
+    prepare.configure(config, "--learning_rate=1 --eval_only=TRUE --wandb_log=0 --out_dir=a=b --size=Tiny".split())
     assert [config[key] for key in ("eval_only", "wandb_log", "out_dir", "size")] == [True, False, "a=b", "tiny"]
     assert config["learning_rate"] == 1 and type(config["learning_rate"]) is float
     assert "did you mean --learning_rate=VALUE" in refusal(call, "train.py", "--learning_rte=1")
@@ -455,7 +455,8 @@ def test_the_commands_of_the_readme_work(toy, call, work, tmp_path):
              *([f"--out_dir={number}", "--max_iters=2"] if script == "train.py" else []))
 
 # ------------------------------------------------------------------------------------------------------ preparation
-PROSE = ("An old man said:\r\nstill 1234 geese...\n\nДва слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend") * 30
+PROSE = ("An old man said:\r\nstill 1234 geese...\n\n"
+         "Два слова, 三个字。\n\n  naïve 👩‍👩‍👧 \t<tab>\nend") * 30
 
 def prepared(folder):
     """(meta, token ids of both splits in a row, Tokenizer) of a data folder whose counts agree with its files."""
