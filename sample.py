@@ -33,6 +33,7 @@ dtype = "auto"            # auto | float32 | bfloat16 | float16 (auto: bfloat16 
 web = False               # serve a page instead (needs gradio)
 port = 7860               # 1 to 65535, of the page, on 127.0.0.1
 # ------------------------------------------------------------------------------------------------------------- load
+ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # Llamas known here
 OPTIONS = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"  # of generate
 
 def checkpoints(folder):
@@ -59,7 +60,7 @@ def load_model(folder):
     with explained(f"{file} is damaged or missing"):
         config = {key: value for key, value in json.loads(file.read_text("utf-8")).items() if value is not None}
         config |= config.get("rope_parameters", {})  # where transformers 5 puts rope_theta
-        for key, ours in (train.ONLY | {"rope_scaling": None, "rope_type": "default"}).items():
+        for key, ours in (ONLY | {"rope_scaling": None, "rope_type": "default"}).items():
             if config.get(key, ours) != ours: fail(f"{file} has {key} = {config[key]}, but the model knows {ours}")
         heads = config["num_attention_heads"]
         defaults = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads, "rope_theta": 10000.0,
@@ -67,36 +68,37 @@ def load_model(folder):
         llama = train.Llama(SimpleNamespace(**defaults | config))
         llama(torch.tensor([end_ids(llama) or [0]]))  # numbers that do not fit together end here
     for file in sorted(Path(folder).glob("*.safetensors")) or [Path(folder, "model.safetensors")]:
-        with explained(f"{file} is damaged or missing"):
-            weights |= load_file(file)
+        with explained(f"{file} is damaged or missing"): weights |= load_file(file)
     if llama.config.tie_word_embeddings: weights.pop("lm_head.weight", None)
-    with explained(f"{folder}/*.safetensors do not fit config.json"):
-        llama.load_state_dict(weights)
+    with explained(f"{folder}/*.safetensors do not fit config.json"): llama.load_state_dict(weights)
     return llama
+
+def choose_device(name):
+    """The torch.device that --device names, once it has been seen to work."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with explained(f"--device={name} cannot be used here, --device={best} can"):
+        return torch.zeros(1, device=best if name == "auto" else name).device
 
 # --------------------------------------------------------------------------------------------------------- generate
 @torch.inference_mode()
 def generate(llama, tokens, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed):
     """Yield the (B, 1) tokens that follow tokens (B, T), one position after the other, until all sequences have ended.
     Random numbers are its own. When all positions of the model are used, its last half is kept as the context."""
-    config, device, ended = llama.config, tokens.device, False
+    config, device, new, position, ended = llama.config, tokens.device, tokens, 0, False
     limit, generator = config.max_position_embeddings, torch.Generator(device).manual_seed(seed)
     ends = torch.tensor(end_ids(llama), device=device)
     shape = (len(tokens), config.num_key_value_heads, min(limit, tokens.shape[1] + max_new_tokens), config.head_dim)
     cache = [[torch.zeros(shape, dtype=llama.model.norm.weight.dtype, device=device) for _ in "kv"]
              for _ in range(config.num_hidden_layers)]
-    new, position = tokens, 0
     for _ in range(max_new_tokens):
-        if position + new.shape[1] > limit:
-            new, position = tokens[:, -limit // 2:], 0
+        if position + new.shape[1] > limit: new, position = tokens[:, -limit // 2:], 0
         with torch.backends.mkldnn.flags(enabled=new.numel() > 1, allow_tf32=None):  # one row is faster without
             logits = llama(new, cache=cache, position=position)[:, -1].float()
         position += new.shape[1]
         new = choose(logits, tokens, temperature, top_k, top_p, min_p, repetition_penalty, generator)
         tokens = torch.cat((tokens, new), dim=1)
         yield new
-        if (ended := ended | torch.isin(new, ends)).all():
-            return
+        if (ended := ended | torch.isin(new, ends)).all(): return
 
 def end_ids(llama):
     """The list of token ids that end a text."""
@@ -108,11 +110,9 @@ def choose(logits, tokens, temperature, top_k, top_p, min_p, repetition_penalty,
     if repetition_penalty != 1:
         used = logits.gather(1, tokens)
         logits = logits.scatter(1, tokens, torch.where(used < 0, used * repetition_penalty, used / repetition_penalty))
-    if temperature == 0:
-        return logits.argmax(1, keepdim=True)
+    if temperature == 0: return logits.argmax(1, keepdim=True)
     logits = logits / temperature
-    if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if 0 < top_k < logits.shape[1]: logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, order = logits.softmax(1).sort(descending=True)
         unlikely = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, ordered.cumsum(1) - ordered >= top_p)
@@ -143,8 +143,7 @@ def encode(tokenizer, text, llama, max_new_tokens):
 def serve(llama, tokenizer, folder, facts):
     """Serve a page, to this machine alone, until Ctrl-C. Each request has its own generator; they wait in a queue."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: the page needs no network
-    with explained("--web=True needs gradio: pip install gradio"):
-        import gradio
+    with explained("--web=True needs gradio: pip install gradio"): import gradio
     bounds = {"max_new_tokens": (1, 2000, 1), "temperature": (0, 2, .05), "top_p": (.05, 1, .05), "top_k": (0, 200, 1)}
 
     def answer(text, *values):
@@ -173,7 +172,7 @@ def serve(llama, tokenizer, folder, facts):
 def main():
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no stack trace
     configure(globals(), sys.argv[1:])
-    target, folder = train.choose_device(device), find_model(model)
+    target, folder = choose_device(device), find_model(model)
     native = target.type == "cuda" or target.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     precision = getattr(torch, dtype if dtype != "auto" else "bfloat16" if native else "float32")
     llama = load_model(folder).eval().to(target, precision)
