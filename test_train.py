@@ -165,7 +165,7 @@ def test_sliced_loss_equals_cross_entropy(vocabulary):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_repeated_batch_is_learned(monkeypatch, optimizer):
     torch.manual_seed(0)
-    model = new_model(monkeypatch, **TINY, optimizer=optimizer)
+    model = new_model(monkeypatch, **TINY, optimizer=optimizer, weight_decay=0.1, beta2=0.95)
     optimizers, tokens = train.make_optimizers(model), torch.randint(0, 512, (4, 33))
     for _ in range(60):
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 128
@@ -178,7 +178,7 @@ def test_a_repeated_batch_is_learned(monkeypatch, optimizer):
 
 def test_muon_is_exact(monkeypatch):
     """Its first step, in float64: Nesterov's momentum of 0.95, five steps of Newton-Schulz, the size of AdamW's."""
-    model, x = new_model(monkeypatch, **TINY, optimizer="muon"), torch.randint(0, 512, (4, 33))
+    model, x = new_model(monkeypatch, **TINY, optimizer="muon", weight_decay=0.1), torch.randint(0, 512, (4, 33))
     model(x[:, :-1], x[:, 1:]).backward()
     weight = model.model.layers[1].mlp.up_proj.weight
     before, update = weight.detach().double(), weight.grad.double().T
@@ -188,7 +188,7 @@ def test_muon_is_exact(monkeypatch):
         update = 3.4445 * update + (-4.775 * gram + 2.0315 * gram @ gram) @ update
     with train.Float32():
         train.make_optimizers(model)[1].step()  # at its default rate of 0.001
-    expected = before * (1 - 1e-3 * train.weight_decay) - 1e-3 * 0.2 * 64 ** 0.5 * update.T
+    expected = before * (1 - 1e-3 * 0.1) - 1e-3 * 0.2 * 64 ** 0.5 * update.T
     torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-7)
 
 # --------------------------------------------------------------------------------------------- data order, schedule

@@ -8,7 +8,6 @@ $ torchrun --standalone --nproc_per_node=8 train.py          # eight GPUs: the s
 import atexit, csv, functools, importlib.util, json, math, os, shutil, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
 import torch, torch.nn.functional as F
 from safetensors.torch import save_file
@@ -42,9 +41,9 @@ dropout = 0.0                    # 0 to 0.9999, probability, on the embedding an
 optimizer = "auto"               # auto | adamw | muon (Muon for the layers' matrices, AdamW for the rest)
 learning_rate = 0.0              # peak
 max_iters = 0                    # iterations: optimizer updates
-weight_decay = 0.1               # of matrices
+weight_decay = -1.0              # -1 to 1e3, of matrices; -1: 1 for tiny, else 0.1
 beta1 = 0.9                      # 0 to 0.9999, of AdamW
-beta2 = 0.95                     # 0 to 0.9999, of AdamW
+beta2 = 0.0                      # 0 to 0.9999, of AdamW
 grad_clip = 1.0                  # largest norm of the gradient; 0: no limit
 schedule = "cosine"              # cosine | wsd (constant, then linear over the last fifth)
 warmup_iters = -1                # -1 to 1e9, linear warm-up; -1: a twentieth of max_iters, but not over 2000
@@ -60,12 +59,13 @@ config_keys = [k for k, v in globals().items() if not k.startswith("_") and isin
 HF_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
                 n_embd="hidden_size", intermediate_size="intermediate_size", vocab_size="vocab_size",
                 rope_theta="rope_theta", norm_eps="rms_norm_eps")  # the shape, and what config.json calls it
-RECIPE = *HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer", "learning_rate"
+RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer",
+          "learning_rate", "beta2")
 SIZES = {name: dict(zip(RECIPE, row)) for name, row in {  # shapes of SmolLM2 (arXiv:2502.02737), and a tiny one
-    "tiny": (3, 3, 1, 192, 512, 0, 1e5, 1e-5, 128, 8, 1, 1000, "muon", 4e-3),
-    "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3),
-    "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3),
-    "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4)}.items()}
+    "tiny": (4, 2, 1, 128, 384, 0, 1e5, 1e-5, 128, 16, 1, 500, "muon", 1e-2, 0.99),
+    "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3, 0.95),
+    "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3, 0.95),
+    "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.95)}.items()}
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # a second: dense, 16 bits, by data sheet
 
@@ -319,7 +319,8 @@ def main():
     before = trainer["settings"] | {key: getattr(raw.config, name) for key, name in HF_NAMES.items() if raw}
     fill(("auto",), before, size="135m" if cuda else "tiny")
     fill((0, "auto"), before, **SIZES[size])
-    fill((-1,), before, lr_decay_iters=max_iters, min_lr=learning_rate / 10, warmup_iters=min(max_iters // 20, 2000))
+    fill((-1,), before, lr_decay_iters=max_iters, min_lr=learning_rate / 10, warmup_iters=min(max_iters // 20, 2000),
+         weight_decay=1.0 if size == "tiny" else 0.1)
     changed = {key: f"--{key}={globals()[key]} (was {old})" for key, old in before.items() if globals()[key] != old}
     for key in changed.keys() & {*HF_NAMES, "optimizer"}: fail(f"{source} cannot take {changed[key]}: leave it out")
     # the data, made of input.txt if there is none, and whether everything fits together
@@ -399,7 +400,7 @@ def main():
             with torch.compiler.set_stance("force_eager"):
                 say("".join(new for new, in sample.stream(raw.eval(), tokenizer, [meta["eos_token_id"]], 1, **options)))
         if eval_only or stopping or iteration >= max_iters: break
-        began, rate, loss = time.perf_counter(), scheduled_rate(iteration), torch.zeros((), device=device)
+        began, rate, loss = time.time(), scheduled_rate(iteration), torch.zeros((), device=device)
         torch.manual_seed(seed + iteration * world + rank)  # so that dropout, too, depends on the iteration alone
         raw.train().zero_grad()
         for start in starts:
@@ -425,9 +426,8 @@ def main():
         bar.update()
         due = iteration % eval_interval == 0 or iteration >= max_iters
         if due or iteration % log_interval == 0:
-            speed = tokens / (time.perf_counter() - began)
-            row |= dict(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
-            if peak: row["mfu"] = speed * flops / peak
+            row |= dict(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=int(tokens / (time.time() - began)))
+            if peak: row["mfu"] = row["tokens_per_second"] * flops / peak
     if logs:
         loss, bits, best = min((row["val_loss"], row["val_bpb"], row["iter"]) for row in rows if "val_loss" in row)
         say(f"best validation loss {loss:.4f}, {bits:.4f} bits per byte, in {out_dir}/step-{best:07d}\n"
