@@ -861,7 +861,7 @@ def bench_cold(folder):
             start = time.perf_counter()
             process = subprocess.Popen(command + args.split(), cwd=folder, env=os.environ | cache, text=True,
                                        stdout=subprocess.PIPE)
-            done = any(re.match("iteration 1: (?!validation)", line) for line in process.stdout)
+            done = any(line.startswith("iter 1, train_loss") for line in process.stdout)
             times.append(time.perf_counter() - start if done else math.nan)
             process.kill()
             process.communicate()
