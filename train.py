@@ -17,7 +17,7 @@ from tqdm import tqdm
 from prepare import configure, explained, fail, fingerprint, prepare
 
 # ----------------------------------------------------------------------------------------------------------- config
-# what is 0, -1 or auto is taken from the checkpoint that is resumed, else from the row of the size in SIZES
+# a 0 or auto that RECIPE names, and a -1, mean: as in the checkpoint that is resumed, else as SIZES or the comment says
 out_dir = "out"                  # checkpoints, log.csv and loss.png of one run
 data_dir = "data"                # what prepare.py wrote; if there is none, input.txt is prepared
 init_from = "auto"               # auto (resume if there is a checkpoint), scratch, resume, or a model folder or hub id
@@ -39,7 +39,7 @@ rope_theta = 0.0                 # base of the rotary embedding
 norm_eps = 0.0                   # added inside RMSNorm
 dropout = 0.0                    # 0 to 0.9999, probability, on the embedding and on both branches of a layer
 optimizer = "auto"               # auto | adamw | muon (Muon for the layers' matrices, AdamW for the rest)
-learning_rate = 0.0              # peak
+learning_rate = 0.0              # peak, of AdamW and Muon alike
 max_iters = 0                    # iterations: optimizer updates
 weight_decay = -1.0              # -1 to 1e3, of matrices; -1: 1 for tiny, else 0.1
 beta1 = 0.9                      # 0 to 0.9999, of AdamW
