@@ -6,14 +6,13 @@ $ python prepare.py --input=a.txt,b.jsonl --tokenizer=HuggingFaceTB/SmolLM2-135M
 """
 import collections, contextlib, difflib, glob, hashlib, io, itertools, json, os, re, shutil, signal, sys, urllib.request
 from pathlib import Path
-
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, pre_tokenizers
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------- config
 input = "input.txt"  # text, or .jsonl with a "text" field: a file, a folder, a URL, or several with commas between
-tokenizer = "bpe"    # bpe (trained on the input), a tokenizer.json, a folder that holds one, or a hub id
+tokenizer = "bpe"    # bpe (trained on the training split), a tokenizer.json, a folder that holds one, or a hub id
 vocab_size = 2048    # 257 to 65536 ids, of the bpe tokenizer
 val_fraction = 0.1   # 0.0001 to 0.9999 of the text's bytes, the last ones, are for validation
 data_dir = "data"    # where the four files go
@@ -85,12 +84,12 @@ def read(files, size):
             except (ValueError, LookupError, TypeError, AttributeError):
                 fail(f'{path}, line {number}: not a JSON object with a "text" string')
 
-def get_tokenizer(name, vocab_size, pieces):
-    """The tokenizers.Tokenizer that `name` means: a BPE trained on pieces of text, a file's, a folder's, or a hub's."""
+def get_tokenizer(name, vocab_size, texts):
+    """The tokenizers.Tokenizer that `name` means: a BPE trained on the texts, a file's, a folder's, or a hub's."""
     if name == "bpe":  # as SmolLM2's, but with all 256 bytes, so that no text is lost
         tok = ByteLevelBPETokenizer()
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
-        tok.train_from_iterator((text for text, _ in pieces), vocab_size, special_tokens=[EOT[0]], show_progress=False)
+        tok.train_from_iterator(texts, vocab_size, special_tokens=[EOT[0]], show_progress=False)
     else:
         path = f"{name}/tokenizer.json" if os.path.isdir(name) else name
         tok = Tokenizer.from_file(path) if os.path.isfile(path) else Tokenizer.from_pretrained(name)
@@ -103,8 +102,9 @@ def fingerprint(path):
 
 def encode(files, tokenizer, vocab_size, val_fraction, out):
     """Write the four files into the folder `out`, in memory that does not grow with the text; return a report."""
-    total = sum(len(text.encode()) for text, _ in read(files, PIECE))  # reads everything, so bad input ends here
-    tok = get_tokenizer(tokenizer, vocab_size, itertools.islice(read(files, PIECE), 0, None, 1 + total // 2 ** 26))
+    total, seen = sum(len(text.encode()) for text, _ in read(files, PIECE)), 0  # reads all, so bad input ends here
+    texts = (text for text, _ in read(files, 4096) if (seen := seen + len(text.encode())) <= (1 - val_fraction) * total)
+    tok = get_tokenizer(tokenizer, vocab_size, itertools.islice(texts, 0, None, 1 + total // 2 ** 26))
     vocab, byte_level = tok.get_vocab(), isinstance(tok.decoder, decoders.ByteLevel)  # a letter is a byte
     eot, size = next((vocab[name] for name in EOT if name in vocab), None), 1 + max(vocab.values(), default=0)
     if eot is None or size > 65536:

@@ -5,9 +5,10 @@ $ python train.py                                            # tiny on a CPU, 13
 $ python train.py --size=135m --batch_size=4 --max_iters=100 # any value of the config block can be given like this
 $ torchrun --standalone --nproc_per_node=8 train.py          # eight GPUs: the same batches, the same losses
 """
-import atexit, csv, functools, importlib.util, json, math, os, shutil, signal, sys, time
+import atexit, csv, ctypes, functools, importlib.util, json, math, os, shutil, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
+if os.name == "posix": import fcntl
 import numpy as np
 import torch, torch.nn.functional as F
 from safetensors.torch import save_file
@@ -39,7 +40,7 @@ rope_theta = 0.0                 # base of the rotary embedding
 norm_eps = 0.0                   # added inside RMSNorm
 dropout = 0.0                    # 0 to 0.9999, probability, on the embedding and on both branches of a layer
 optimizer = "auto"               # auto | adamw | muon (Muon for the layers' matrices, AdamW for the rest)
-learning_rate = 0.0              # peak, of AdamW and Muon alike
+learning_rate = 0.0              # peak, of AdamW; Muon takes 0.6 of it
 max_iters = 0                    # iterations: optimizer updates
 weight_decay = -1.0              # -1 to 1e3, of matrices; -1: 1 for tiny, else 0.1
 beta1 = 0.9                      # 0 to 0.9999, of AdamW
@@ -62,7 +63,7 @@ HF_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_
 RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer",
           "learning_rate", "beta2")
 SIZES = {name: dict(zip(RECIPE, row)) for name, row in {  # shapes of SmolLM2 (arXiv:2502.02737), and a tiny one
-    "tiny": (4, 2, 1, 128, 384, 0, 1e5, 1e-5, 128, 16, 1, 500, "muon", 1e-2, 0.99),
+    "tiny": (4, 2, 1, 128, 384, 0, 1e5, 1e-5, 128, 16, 1, 500, "muon", 1.3e-2, 0.99),
     "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3, 0.95),
     "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3, 0.95),
     "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.95)}.items()}
@@ -76,8 +77,7 @@ def fill(automatic, before, **defaults):
 # ------------------------------------------------------------------------------------------------------------ model
 def rotate(x, cos, sin):
     """Rotary position embedding (RoFormer, arXiv:2104.09864) of x (B, heads, T, head_dim), paired in halves."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -148,7 +148,7 @@ class Llama(nn.Module):
             "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings: self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency)
+        angle = torch.arange(config.max_position_embeddings)[:, None] * torch.cat((-frequency, frequency))
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
         for name, p in self.named_parameters():  # what the layers add up keeps its size in the sum (GPT-2)
             summands = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
@@ -157,7 +157,7 @@ class Llama(nn.Module):
     def forward(self, tokens, targets=None, cache=None, position=0):
         """Logits (B, T, V) of tokens (B, T), or with targets their summed loss; with a cache, only the last logits."""
         x = F.dropout(self.model.embed_tokens(tokens), dropout, self.training)
-        rope = self.rope[:, position:position + tokens.shape[1]].to(x.dtype)  # (2, T, head_dim / 2)
+        rope = self.rope[:, position:position + tokens.shape[1]].to(x.dtype)  # (2, T, head_dim)
         for i, layer in enumerate(self.model.layers):
             if gradient_checkpointing and self.training:
                 layer = functools.partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False)
@@ -196,8 +196,8 @@ def make_optimizers(model):
     tables = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." not in name]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": tables + hidden * (optimizer == "adamw")}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
-    muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")  # as arXiv:2502.16982
+    adamw = torch.optim.AdamW(groups, 1.0, (beta1, beta2), weight_decay=weight_decay, fused=True)
+    muon = torch.optim.Muon(hidden, 0.6, weight_decay, adjust_lr_fn="match_rms_adamw")  # as arXiv:2502.16982
     return [adamw] if optimizer == "adamw" else [adamw, muon]
 
 class Float32(torch.overrides.TorchFunctionMode):
@@ -270,9 +270,7 @@ def open_log(rows):
     with explained(f"cannot use --out_dir={out_dir}: choose another, or wait for the run that uses it"):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(out_dir, "log.csv"), "a", newline="", buffering=1)
-        if os.name == "posix":
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.name == "posix": fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         log = csv.DictWriter(file, ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
                                     "val_perplexity", "mfu"), lineterminator="\n")
@@ -308,6 +306,8 @@ def main():
     cuda, say = device.type == "cuda", tqdm.write if rank == 0 else lambda line: None
     if world > 1: dist.init_process_group()  # nccl between GPUs, gloo between CPUs
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    if sys.platform == "linux" and not cuda:  # free() keeps all memory: getting it anew took a tenth of an iteration
+        for name, value in (-1, -1), (-4, 0): ctypes.CDLL(None).mallopt(name, value)  # M_TRIM_THRESHOLD, M_MMAP_MAX
     # where to start: the newest checkpoint of this run, another model, or scratch
     saved, trainer = sample.checkpoints(out_dir), {"iteration": 0, "rows": [], "settings": {}, "optimizers": []}
     if saved and init_from == "scratch" or not saved and init_from == "resume":
@@ -419,7 +419,7 @@ def main():
         if skipped == 5: fail(f"no finite gradient in 5 iterations up to {iteration:,}, learning rate {rate:.3g}, on "
                               f"text like {tokenizer.decode(text.tolist())!r}: run again with a lower --learning_rate")
         for one in optimizers if not skipped else ():
-            for group in one.param_groups: group["lr"] = rate
+            for group in one.param_groups: group["lr"] = rate * one.defaults["lr"]  # of AdamW 1, of Muon 0.6
             with Float32(): scaler.step(one)
         scaler.update()
         iteration, row = iteration + 1, {"iter": iteration + 1}
