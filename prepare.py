@@ -102,8 +102,9 @@ def fingerprint(path):
 
 def encode(files, tokenizer, vocab_size, val_fraction, out):
     """Write the four files into the folder `out`, in memory that does not grow with the text; return a report."""
-    total, seen = sum(len(text.encode()) for text, _ in read(files, PIECE)), 0  # reads all, so bad input ends here
-    texts = (text for text, _ in read(files, 4096) if (seen := seen + len(text.encode())) <= (1 - val_fraction) * total)
+    total = sum(len(text.encode()) for text, _ in read(files, PIECE))  # reads everything, so bad input ends here
+    seen, limit = 0, (1 - val_fraction) * total  # bytes; pieces that begin after `limit` of them are for validation
+    texts = (t for t, _ in read(files, min(4096, 1 + total // 99)) if (seen := seen + len(t.encode())) <= limit)
     tok = get_tokenizer(tokenizer, vocab_size, itertools.islice(texts, 0, None, 1 + total // 2 ** 26))
     vocab, byte_level = tok.get_vocab(), isinstance(tok.decoder, decoders.ByteLevel)  # a letter is a byte
     eot, size = next((vocab[name] for name in EOT if name in vocab), None), 1 + max(vocab.values(), default=0)
@@ -117,7 +118,7 @@ def encode(files, tokenizer, vocab_size, val_fraction, out):
         while batch := list(itertools.islice(pieces, 64)):
             texts = [text for text, _ in batch]
             for (text, ends), encoding in zip(batch, tok.encode_batch_fast(texts, add_special_tokens=False)):
-                split, file = ("train", train) if meta["train_bytes"] < (1 - val_fraction) * total else ("val", val)
+                split, file = ("train", train) if meta["train_bytes"] < limit else ("val", val)
                 ids = np.array(encoding.ids, "<u2")
                 file.write(end * (file.tell() == 0) + ids.tobytes() + end * ends)  # the first token follows one, too
                 meta.update({f"{split}_tokens": len(ids) + ends, f"{split}_bytes": len(text.encode())})  # adds them
@@ -138,11 +139,10 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
     with explained(f"cannot make {data_dir} of {input} with the tokenizer {tokenizer}"), contextlib.ExitStack() as end:
         end.callback(shutil.rmtree, tmp, ignore_errors=True)
         tmp.mkdir(exist_ok=True)  # there may be one, of a preparation that was killed
-        report = encode(list(find_files(input, tmp)), tokenizer, vocab_size, val_fraction, tmp)
+        print(encode(list(find_files(input, tmp)), tokenizer, vocab_size, val_fraction, tmp))
         Path(data_dir).mkdir(parents=True, exist_ok=True)
         Path(data_dir, "meta.json").unlink(missing_ok=True)  # first out and last in: without it nothing is valid
         for name in "train.bin", "val.bin", "tokenizer.json", "meta.json": os.replace(tmp / name, Path(data_dir, name))
-        print(report)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C

@@ -148,7 +148,7 @@ class Llama(nn.Module):
             "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings: self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        angle = torch.arange(config.max_position_embeddings)[:, None] * torch.cat((-frequency, frequency))
+        angle = torch.arange(config.max_position_embeddings)[:, None] * torch.cat((-frequency, frequency))  # -sin, sin
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
         for name, p in self.named_parameters():  # what the layers add up keeps its size in the sum (GPT-2)
             summands = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
