@@ -1,7 +1,7 @@
 """
 Turn text into what train.py reads: tokenizer.json, train.bin and val.bin (little-endian uint16 ids), and meta.json.
 
-$ python prepare.py                                                         # input.txt, and a BPE trained on it
+$ python prepare.py                                                         # input.txt, and a BPE of its first 90 %
 $ python prepare.py --input=a.txt,b.jsonl --tokenizer=HuggingFaceTB/SmolLM2-135M
 """
 import collections, contextlib, difflib, glob, hashlib, io, itertools, json, os, re, shutil, signal, sys, urllib.request

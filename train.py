@@ -201,7 +201,7 @@ def make_optimizers(model):
     return [adamw] if optimizer == "adamw" else [adamw, muon]
 
 class Float32(torch.overrides.TorchFunctionMode):
-    """Keeps .bfloat16() from rounding: without it torch's Muon is as exact as the rest, and faster on most CPUs."""
+    """Keeps .bfloat16() from rounding: unrounded, torch's Muon is as exact as the rest, and faster on most CPUs."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
