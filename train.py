@@ -1,115 +1,185 @@
 """
-Train SmolLM2-135M, or a small sibling of it, from scratch. Every checkpoint is a Hugging Face model folder.
+Train SmolLM2-135M, or a small model of its kind, from scratch. A checkpoint is a Hugging Face folder.
 
-$ python train.py                                            # tiny on a CPU, 135m on a GPU; Ctrl-C it, run it again
-$ python train.py --size=135m --batch_size=4 --max_iters=100 # any value of the config block can be given like this
-$ torchrun --standalone --nproc_per_node=8 train.py          # eight GPUs: the same batches, the same losses
+$ python train.py                                     # the small model: two minutes on two CPU cores
+$ python train.py --max_iters=1000                    # any setting below can be given like this
+$ python train.py --size=135m --data_dir=data-web     # SmolLM2-135M, on what prepare.py made of a text
+$ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --data_dir=data-tuned  # fine-tune it
+$ torchrun --standalone --nproc_per_node=8 train.py   # eight GPUs: the same batches, the same losses
+
+Ctrl-C saves and ends; the same command goes on from there.
 """
-import atexit, csv, ctypes, functools, importlib.util, json, math, os, shutil, signal, sys, time
+import csv
+import ctypes
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-if os.name == "posix": import fcntl
-import numpy as np
-import torch, torch.nn.functional as F
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch import distributed as dist, nn
-from tqdm import tqdm
-from prepare import configure, explained, fail, fingerprint, prepare
 
-# ----------------------------------------------------------------------------------------------------------- config
-# a 0 or auto that RECIPE names, and a -1, mean: as in the checkpoint that is resumed, else as SIZES or the comment says
-out_dir = "out"                  # checkpoints, log.csv and loss.png of one run
-data_dir = "data"                # what prepare.py wrote; if there is none, input.txt is prepared
-init_from = "auto"               # auto (resume if there is a checkpoint), scratch, resume, or a model folder or hub id
-eval_interval = 250              # 1 to 1e9 iterations between evaluations, each with a checkpoint and a sample
-log_interval = 10                # 1 to 1e9 iterations between rows of log.csv
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a stack trace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
+
+import prepare
+from prepare import Data, explained, read_json, require, say, tolerated
+
+# -------------------------------------------------------------------------------------- settings
+# run
+out_dir = "out"                  # checkpoints, log.csv and loss.png
+init_from = "auto"               # auto (resume if there is a run), scratch, resume, or a model
+eval_interval = 50               # iterations between evaluations, each with a checkpoint
+log_interval = 10                # iterations between rows of log.csv
 eval_only = False                # evaluate once and end
 wandb_log = False                # log to Weights & Biases too
-batch_size = 0                   # sequences in a micro-batch, at most
-gradient_accumulation_steps = 0  # times batch_size: sequences in an iteration, over all processes
-block_size = 0                   # tokens in a sequence: the context length
-size = "auto"                    # auto | tiny | 135m | 360m | 1.7b (auto: 135m on a GPU, tiny on a CPU)
-n_layer = 0                      # layers
-n_head = 0                       # query heads
-n_kv_head = 0                    # key and value heads; divides n_head
-n_embd = 0                       # channels
-intermediate_size = 0            # channels inside the MLP
-vocab_size = 0                   # rows of the embedding; of tiny, as many as the tokenizer has ids
-rope_theta = 0.0                 # base of the rotary embedding
-norm_eps = 0.0                   # added inside RMSNorm
-dropout = 0.0                    # 0 to 0.9999, probability, on the embedding and on both branches of a layer
-optimizer = "auto"               # auto | adamw | muon (Muon for the layers' matrices, AdamW for the rest)
-learning_rate = 0.0              # peak, of AdamW; Muon takes 0.6 of it
-max_iters = 0                    # iterations: optimizer updates
-weight_decay = -1.0              # -1 to 1e3, of matrices; -1: 1 for tiny, else 0.1
-beta1 = 0.9                      # 0 to 0.9999, of AdamW
-beta2 = 0.0                      # 0 to 0.9999, of AdamW
+# model
+size = "tiny"                    # tiny (what stands here), 135m, 360m or 1.7b (see SIZES)
+n_layer = 4
+n_head = 2                       # query heads
+n_kv_head = 1                    # key and value heads, each shared by n_head / n_kv_head queries
+n_embd = 128                     # channels
+intermediate_size = 384          # channels inside the MLP
+vocab_size = 0                   # rows of the embedding; 0: as many as the tokenizer has ids
+rope_theta = 100_000.0           # base of the rotary embedding
+norm_eps = 1e-5                  # added inside RMSNorm
+dropout = 0.0                    # on the embedding and on both branches of a layer
+# data
+data_dir = "data"                # what prepare.py wrote; if there is no "data", input.txt is prepared
+block_size = 128                 # tokens in a sequence
+batch_size = 16                  # sequences in a micro-batch, at most
+gradient_accumulation_steps = 1  # times batch_size: sequences in an iteration, over all processes
+seed = 1337                      # of weights, data order, dropout and samples
+# optimizer
+optimizer = "muon"               # adamw, or muon (for the layers' matrices; AdamW for the rest)
+max_iters = 500                  # iterations; each is one update
+learning_rate = 1.3e-2           # peak, of AdamW; Muon takes MUON_SHARE of it
+weight_decay = 1.0               # of matrices
+beta1 = 0.9                      # of AdamW
+beta2 = 0.99                     # of AdamW
 grad_clip = 1.0                  # largest norm of the gradient; 0: no limit
-schedule = "cosine"              # cosine | wsd (constant, then linear over the last fifth)
-warmup_iters = -1                # -1 to 1e9, linear warm-up; -1: a twentieth of max_iters, but not over 2000
-lr_decay_iters = -1              # -1 to 1e9, iteration from which on the rate is min_lr; -1: max_iters at the start
-min_lr = -1.0                    # -1 to 1e9; -1: a tenth of learning_rate
+schedule = "cosine"              # cosine, or wsd (constant, then linear over the last fifth)
+warmup_iters = -1                # linear warm-up; -1: a twentieth of max_iters, at most 2000
+lr_decay_iters = -1              # from here on the rate is min_lr; -1: max_iters at the start
+min_lr = -1.0                    # -1: a tenth of learning_rate
+# machine
+device = "auto"                  # auto, cpu, cuda, cuda:1 or mps
+dtype = "auto"                   # of matrix products: auto, float32, bfloat16 or float16
+compile = "auto"                 # auto (on GPUs, and on CPUs from 512 channels on), true or false
 gradient_checkpointing = False   # recompute layers in the backward pass: less memory, more time
-seed = 1337                      # of weights, data order and dropout
-device = "auto"                  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"                   # auto | float32 | bfloat16 | float16, of matrix products
-compile = "auto"                 # auto | true | false (auto: on GPUs, and from 512 channels on)
-# ------------------------------------------------------------------------------------------------------ model sizes
-config_keys = [k for k, v in globals().items() if not k.startswith("_") and isinstance(v, (bool, int, float, str))]
-HF_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
-                n_embd="hidden_size", intermediate_size="intermediate_size", vocab_size="vocab_size",
-                rope_theta="rope_theta", norm_eps="rms_norm_eps")  # the shape, and what config.json calls it
-RECIPE = (*HF_NAMES, "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "optimizer",
-          "learning_rate", "beta2")
-SIZES = {name: dict(zip(RECIPE, row)) for name, row in {  # shapes of SmolLM2 (arXiv:2502.02737), and a tiny one
-    "tiny": (4, 2, 1, 128, 384, 0, 1e5, 1e-5, 128, 16, 1, 500, "muon", 1.3e-2, 0.99),
-    "135m": (30, 9, 3, 576, 1536, 49152, 1e5, 1e-5, 2048, 16, 16, 10_000, "adamw", 3e-3, 0.95),
-    "360m": (32, 15, 5, 960, 2560, 49152, 1e5, 1e-5, 2048, 8, 32, 10_000, "adamw", 3e-3, 0.95),
-    "1.7b": (24, 32, 32, 2048, 8192, 49152, 1.3e5, 1e-5, 2048, 4, 64, 10_000, "adamw", 5e-4, 0.95)}.items()}
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-              "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}  # a second: dense, 16 bits, by data sheet
+deterministic = False            # bit-exact resume on GPUs too; slower
 
-def fill(automatic, before, **defaults):
-    """Give each setting in `defaults` that is still `automatic` its value in `before`, else the default."""
-    globals().update({key: before.get(key, value) for key, value in defaults.items() if globals()[key] in automatic})
+# ------------------------------------------------------- what --size and --init_from lay over it
+RECIPE = dict(  # of SmolLM2 (arXiv:2502.02737), scaled to half a million tokens an iteration
+    block_size=2048, batch_size=16, gradient_accumulation_steps=16, optimizer="adamw", max_iters=10_000,
+    learning_rate=3e-3, weight_decay=0.1, beta2=0.95, eval_interval=250, vocab_size=49152)
+SIZES = {
+    "tiny": {},
+    "135m": RECIPE | dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, intermediate_size=1536),
+    "360m": RECIPE | dict(n_layer=32, n_head=15, n_kv_head=5, n_embd=960, intermediate_size=2560,
+                          batch_size=8, gradient_accumulation_steps=32),
+    "1.7b": RECIPE | dict(n_layer=24, n_head=32, n_kv_head=32, n_embd=2048, intermediate_size=8192,
+                          rope_theta=1.3e5, batch_size=4, gradient_accumulation_steps=64, learning_rate=5e-4),
+}
+FINE_TUNING = dict(batch_size=4, gradient_accumulation_steps=4, optimizer="adamw", learning_rate=1e-4,
+                   weight_decay=0.1, beta2=0.95)
+SHAPE = dict(  # what config.json calls the settings of the shape
+    n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
+    n_embd="hidden_size", intermediate_size="intermediate_size", vocab_size="vocab_size",
+    rope_theta="rope_theta", norm_eps="rms_norm_eps")
 
-# ------------------------------------------------------------------------------------------------------------ model
-def rotate(x, cos, sin):
-    """Rotary position embedding (RoFormer, arXiv:2104.09864) of x (B, heads, T, head_dim), paired in halves."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+def presets(flags):
+    """What --size and --init_from=MODEL lay over the block, beneath the other flags."""
+    name, source = flags.get("size", size), flags.get("init_from", init_from)
+    require(name in SIZES, f"--size={name} must be one of {', '.join(SIZES)}")
+    if source in ("auto", "scratch", "resume"):
+        return SIZES[name]
+    config = read_config(find_model(source))
+    shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
+    return SIZES[name] | FINE_TUNING | shape | {"block_size": min(512, config.max_position_embeddings)}
+
+
+def check_settings():
+    """Refuse values that cannot be meant: one rule a line."""
+    def rule(name, good, text):
+        require(good, f"--{name}={globals()[name]} must be {text}")
+
+    for name in ("n_layer n_head n_kv_head n_embd intermediate_size rope_theta block_size batch_size "
+                 "gradient_accumulation_steps eval_interval log_interval").split():
+        rule(name, globals()[name] >= 1, "1 or more")
+    for name in ("dropout", "beta1", "beta2"):
+        rule(name, globals()[name] < 1, "below 1")
+    rule("optimizer", optimizer in ("adamw", "muon"), "adamw or muon")
+    rule("schedule", schedule in ("cosine", "wsd"), "cosine or wsd")
+    rule("dtype", dtype in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16")
+    rule("compile", compile in ("auto", "true", "false"), "auto, true or false")
+    rule("n_head", n_head % n_kv_head == 0, f"a multiple of --n_kv_head={n_kv_head}")
+    rule("warmup_iters", warmup_iters <= max_iters, f"at most --max_iters={max_iters}")
+    rule("min_lr", min_lr <= learning_rate, f"at most --learning_rate={learning_rate}")
+
+
+# ----------------------------------------------------------------------------------------- model
+def rotate_half(x):
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, self.head_dim = config.hidden_size, config.head_dim
-        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, n, bias=False) for n in (q_size, kv_size, kv_size))
-        self.o_proj = nn.Linear(q_size, C, bias=False)
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x, rope, cache, position):
+    def forward(self, x, cos, sin, mask=None, cache=None, places=None):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:  # two tensors (B, n_kv_head, places, head_dim), the first `position` places filled
-            for kept, new in zip(cache, (k, v)): kept[:, :, position:position + T] = new
-            k, v = (kept[:, :, :position + T] for kept in cache)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = q * cos + rotate_half(q) * sin
+        k = k * cos + rotate_half(k) * sin
+        if cache is not None:
+            k = cache[0].index_copy_(2, places, k)  # (B, heads, all places, head_dim)
+            v = cache[1].index_copy_(2, places, v)
+        if x.is_cuda and q.dtype != torch.bfloat16:  # else some GPUs have no fast kernel for it
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = (nn.Linear(C, hidden, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(hidden, C, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, dropout):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -117,324 +187,741 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rope, cache=None, position=0):
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache, position))
+    def forward(self, x, *context):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
+
 def slice_loss(x, weight, targets):
-    """Summed cross-entropy, in nats, of logits x @ weight.T (N, V) against targets (N,), where these are not -1."""
+    """Summed cross-entropy, in nats, of logits x @ weight.T (N, V) on targets (N,); -1 do not count."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
-def sliced_loss(x, weight, targets):
-    """slice_loss by slices of 128 MiB of logits, the gradient of each taken at once (Liger Kernel, arXiv:2410.10989)"""
-    step, total, training = max(1, 2 ** 25 // len(weight)), 0.0, torch.is_grad_enabled()
-    a, b = (tensor.detach().requires_grad_(training) for tensor in (x, weight))
-    for part, some_targets in zip(a.split(step), targets.split(step)):
-        loss = slice_loss(part, b, some_targets)
-        if training: loss.backward()
-        total = total + loss.detach()
-    if not training: return total
-    product = torch.dot(x.flatten(), a.grad.flatten()) + torch.dot(weight.flatten(), b.grad.flatten())
-    return total + (product - product.detach())  # which is total, and has those gradients
+
+class SlicedLoss(torch.autograd.Function):
+    """slice_loss by slices of rows, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, slice_loss):
+        most = 2 ** 27 if x.is_cuda else 2 ** 25  # logits in a slice; those of all rows take gigabytes
+        slices = math.ceil(len(x) * len(weight) / most)
+        rows = 128 * math.ceil(len(x) / slices / 128)
+        training, total = ctx.needs_input_grad[0], 0.0
+        x = x.detach().requires_grad_(training)
+        weight = weight.detach().requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            for part, wanted in zip(x.split(rows), targets.split(rows)):
+                loss = slice_loss(part, weight, wanted)
+                if training:
+                    loss.backward()
+                total = total + loss.detach()
+        ctx.save_for_backward(x.grad, weight.grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * scale, weight_grad * scale, None, None
+
 
 class Llama(nn.Module):
     """Hugging Face's LlamaForCausalLM, tensor for tensor; `config` holds what its config.json does."""
-    def __init__(self, config):
+
+    def __init__(self, config, dropout=0.0):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers)),
             "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        if not config.tie_word_embeddings: self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        angle = torch.arange(config.max_position_embeddings)[:, None] * torch.cat((-frequency, frequency))  # -sin, sin
-        self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
-        for name, p in self.named_parameters():  # what the layers add up keeps its size in the sum (GPT-2)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.gradient_checkpointing = False
+        self.slice_loss, self.decode = slice_loss, self.last_logits  # compiled forms may replace them
+
+        # rotary position embedding (RoFormer, arXiv:2104.09864): channels i and i + head_dim / 2 turn together
+        frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angle = torch.outer(torch.arange(config.max_position_embeddings), frequency).repeat(1, 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (positions, head_dim)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+        # what the layers add up is drawn smaller, so that the sum keeps its size (GPT-2); norms stay at 1
+        for name, p in self.named_parameters():
             summands = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-            if p.dim() == 2: nn.init.normal_(p, std=config.initializer_range / math.sqrt(summands))  # norms are ones
+            if p.dim() == 2:
+                nn.init.normal_(p, std=config.initializer_range / math.sqrt(summands))
 
-    def forward(self, tokens, targets=None, cache=None, position=0):
-        """Logits (B, T, V) of tokens (B, T), or with targets their summed loss; with a cache, only the last logits."""
-        x = F.dropout(self.model.embed_tokens(tokens), dropout, self.training)
-        rope = self.rope[:, position:position + tokens.shape[1]].to(x.dtype)  # (2, T, head_dim)
-        for i, layer in enumerate(self.model.layers):
-            if gradient_checkpointing and self.training:
-                layer = functools.partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False)
-            x = layer(x, rope, cache and cache[i], position)
-        x = self.model.norm(x if cache is None else x[:, -1:])
-        weight = getattr(self, "lm_head", self.model.embed_tokens).weight
-        return F.linear(x, weight) if targets is None else sliced_loss(x.flatten(0, 1), weight, targets.flatten())
+    def head(self):
+        """The matrix (V, C) that makes logits: the embedding itself where the two are tied."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-# ------------------------------------------------------------------------------------------------------------- data
-@functools.lru_cache(1)
-def epoch_order(epoch, windows):
-    """Offset of an epoch's first window, and the order of its windows; ten million take half a second and 80 MB."""
-    rng = np.random.default_rng((seed, epoch))
-    return rng.integers(block_size), rng.permutation(windows)
+    def hidden(self, tokens, cache=None, places=None):
+        """What the head sees (B, T, C) of tokens (B, T). With a cache they stand at `places` (T,) in it."""
+        x = self.dropout(self.model.embed_tokens(tokens))
+        if cache is None:
+            mask, cos, sin = None, self.cos[:x.shape[1]], self.sin[:x.shape[1]]
+            cache = [None] * len(self.model.layers)
+        else:
+            mask = places[:, None] >= torch.arange(cache[0].shape[3], device=x.device)
+            cos, sin = self.cos[places], self.sin[places]
+        context = cos.to(x.dtype), sin.to(x.dtype), mask
+        for layer, kept in zip(self.model.layers, cache):
+            if self.gradient_checkpointing and self.training:
+                x = recomputed(layer, x, *context, use_reentrant=False)
+            else:
+                x = layer(x, *context, kept, places)
+        return self.model.norm(x)
 
-def training_batch(iteration, meta, rank, world, device):
-    """This process's inputs and targets. An epoch has each window of block_size tokens once, in an order of its own."""
-    share, windows = batch_size * gradient_accumulation_steps // world, meta["train_tokens"] // block_size - 1
-    first = (iteration * world + rank) * share
-    places = [(*epoch_order(i // windows, windows), i % windows) for i in range(first, first + share)]
-    return get_windows("train", [offset + order[i] * block_size for offset, order, i in places], device)
+    def forward(self, tokens):
+        """Logits (B, T, V) of tokens (B, T)."""
+        return F.linear(self.hidden(tokens), self.head())
 
-def get_windows(split, starts, device):
-    """The tokens from each of `starts` on, and those after them, both (len(starts), block_size); -1 past the end."""
-    data = np.memmap(Path(data_dir, f"{split}.bin"), "<u2", "r")  # mapped anew, or all that was read stays in memory
-    at = np.add.outer(starts, np.arange(block_size + 1))
-    batch = torch.from_numpy(np.where(at < len(data), data.take(at, mode="clip").astype(int), -1))
-    if batch.max() >= vocab_size: fail(f"{data_dir}/{split}.bin has the id {batch.max()}: run prepare.py again")
-    batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
-    return batch[:, :-1].clamp(min=0), batch[:, 1:]
+    def loss(self, tokens, targets):
+        """Summed loss, in nats, of targets (B, T) after tokens (B, T); targets of -1 do not count."""
+        x = self.hidden(tokens).flatten(0, 1)
+        return SlicedLoss.apply(x, self.head(), targets.flatten(), self.slice_loss)
 
-# ------------------------------------------------------------------------------------------- optimizer and schedule
+    def last_logits(self, tokens, cache, places):
+        """Logits (B, V) of what follows the last of the tokens."""
+        return F.linear(self.hidden(tokens, cache, places)[:, -1], self.head())
+
+    @torch.inference_mode()
+    def generate(self, tokens, max_new_tokens, choose):
+        """Yield the ids (B, 1), picked by choose(logits (B, V), tokens), that go on tokens (B, T), one place
+        after the other. When all positions are used, the last half of them is kept as the context."""
+        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        limit = min(self.config.max_position_embeddings, tokens.shape[1] + max_new_tokens)
+        cache = [self.head().new_zeros(2, len(tokens), heads, limit, head_dim) for _ in self.model.layers]
+        new, position = tokens, 0
+        for _ in range(max_new_tokens):
+            if position + new.shape[1] > limit:
+                new, position = tokens[:, -limit // 2:], 0
+            places = torch.arange(position, position + new.shape[1], device=tokens.device)
+            position += new.shape[1]
+            step = self.decode if new.shape[1] == 1 else self.last_logits
+            new = choose(step(new, cache, places).float(), tokens)
+            tokens = torch.cat((tokens, new), dim=1)
+            yield new
+
+
+# ------------------------------------------------------------------------ optimizer and schedule
+MOMENTUM = 0.95   # of Muon
+MUON_SHARE = 0.6  # of learning_rate
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonal momentum (Jordan, 2024), its updates of the size of AdamW's (arXiv:2502.16982)."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:  # the matrices of one shape, stepped together as a stack
+            updates = []
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - MOMENTUM)
+                updates.append(p.grad.lerp(momentum, MOMENTUM))  # Nesterov's
+            for p, update in zip(group["params"], orthogonal(torch.stack(updates))):
+                p.mul_(1 - group["lr"] * weight_decay)
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(matrices):
+    """Matrices (n, rows, columns) with their singular values brought near 1: five Newton-Schulz steps."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def make_optimizers(model):
-    """[AdamW for everything], or [AdamW for embedding and norms, Muon (Jordan, 2024) for the layers' matrices]."""
-    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    tables = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." not in name]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": tables + hidden * (optimizer == "adamw")}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, 1.0, (beta1, beta2), weight_decay=weight_decay, fused=True)
-    muon = torch.optim.Muon(hidden, 0.6, weight_decay, adjust_lr_fn="match_rms_adamw")  # as arXiv:2502.16982
-    return [adamw] if optimizer == "adamw" else [adamw, muon]
+    """[AdamW], or [AdamW for embedding and norms, Muon for the layers' matrices]."""
+    named = list(model.named_parameters())
+    norms = [p for _, p in named if p.dim() == 1]
+    tables = [p for name, p in named if p.dim() == 2 and ".layers." not in name]
+    matrices = [p for name, p in named if p.dim() == 2 and ".layers." in name]
+    if len(norms) + len(tables) + len(matrices) != len(named):
+        raise ValueError("make_optimizers leaves out a parameter")
+    adamw_matrices = tables + matrices if optimizer == "adamw" else tables
+    groups = [{"params": adamw_matrices}, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
+    if optimizer == "adamw":
+        return [adamw]
+    by_shape = [[p for p in matrices if p.shape == shape] for shape in dict.fromkeys(p.shape for p in matrices)]
+    return [adamw, Muon([{"params": stack, "share": MUON_SHARE} for stack in by_shape], {})]
 
-class Float32(torch.overrides.TorchFunctionMode):
-    """Keeps .bfloat16() from rounding: unrounded, torch's Muon is as exact as the rest, and faster on most CPUs."""
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
-def scheduled_rate(iteration):
-    """The learning rate of the update that follows `iteration` others."""
-    if iteration < warmup_iters: return learning_rate * (iteration + 1) / (warmup_iters + 1)
-    cosine = 0.5 - 0.5 * math.cos(math.pi * max(0, lr_decay_iters - iteration) / max(1, lr_decay_iters - warmup_iters))
-    wsd = min(1, 5 * max(0, 1 - iteration / max(1, lr_decay_iters)))  # warm-up, stable, decay (arXiv:2404.06395)
-    return min_lr + (learning_rate - min_lr) * (wsd if schedule == "wsd" else cosine)
+def learning_rate_at(iteration):
+    """The rate of the update that follows `iteration` others: up in warmup_iters, then down to min_lr."""
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    if iteration >= lr_decay_iters:
+        return min_lr
+    rest, all_rest = lr_decay_iters - iteration, lr_decay_iters - warmup_iters
+    if schedule == "cosine":
+        share = 0.5 - 0.5 * math.cos(math.pi * rest / all_rest)
+    else:  # warm-up, stable, decay (arXiv:2404.06395)
+        share = min(1, rest / min(lr_decay_iters / 5, all_rest))
+    return min_lr + share * (learning_rate - min_lr)
 
-# ------------------------------------------------------------------------------------------------------- checkpoint
-def save_checkpoint(model, val_loss, **trainer):
-    """Write out_dir/step-<iteration>, which appears whole or not at all; then keep only the newest and the best."""
-    path, tmp, eos = Path(out_dir, f"step-{trainer['iteration']:07d}"), Path(out_dir, "tmp"), model.config.eos_token_id
-    if not all(p.isfinite().all() for p in model.parameters()):
-        fail(f"the weights of {path} are not finite, and so not saved: resume with a lower --learning_rate")
-    shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
-    tmp.mkdir()
-    save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
-    torch.save(trainer | {"settings": {key: globals()[key] for key in config_keys}}, tmp / "trainer.pt")
-    word = Tokenizer.from_file(shutil.copy(f"{data_dir}/tokenizer.json", tmp)).id_to_token(eos)
-    files = {"config": vars(model.config) | {"val_loss": val_loss}, "generation_config": {"eos_token_id": eos},
-             "tokenizer_config": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=word, eos_token=word)}
-    for name, content in files.items(): Path(tmp, f"{name}.json").write_text(json.dumps(content, indent=2))
-    flush(*tmp.iterdir(), tmp)
-    tmp.rename(path)
-    flush(out_dir)
-    for _, _, old in sample.checkpoints(out_dir)[:-1]:  # renamed first, so that no step- folder is ever half there
-        if old != sample.find_model(out_dir): shutil.rmtree(old.rename(tmp))
+
+# ------------------------------------------------------------------------ models and checkpoints
+ONLY = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
+
+
+def checkpoints(out_dir):
+    """The checkpoints of a run, the newest last."""
+    return sorted(Path(out_dir).glob("step-*"))
+
+
+def val_loss(checkpoint):
+    """The validation loss in its run.json; inf if it was saved without an evaluation."""
+    file = checkpoint / "run.json"
+    loss = read_json(file)["val_loss"] if file.exists() else None
+    return math.inf if loss is None else loss
+
+
+def find_model(name):
+    """The model folder that is meant: the best of an out folder, a folder, or the copy of a hub's."""
+    if checkpoints(name):
+        return min(reversed(checkpoints(name)), key=val_loss)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    with explained(f"{name} is no folder here, and the hub has no such model to give", Exception):
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def read_config(folder):
+    """config.json of a Hugging Face Llama; what it asks for and this model lacks is refused by name."""
+    file = Path(folder, "config.json")
+    config = {key: value for key, value in read_json(file).items() if value is not None}
+    config |= config.get("rope_parameters", {})  # where transformers 5 keeps rope_theta
+    for key, known in (ONLY | {"rope_scaling": None, "rope_type": "default"}).items():
+        require(config.get(key, known) == known, f"{file}: {key}={config.get(key)} is not known here")
+    config = {"num_key_value_heads": config.get("num_attention_heads"), "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+              "initializer_range": 0.02, "tie_word_embeddings": False, "eos_token_id": None} | config
+    for key in (*SHAPE.values(), "max_position_embeddings"):
+        good = isinstance(config.get(key), (int, float)) and config[key] > 0
+        require(good, f"{file}: {key}={config.get(key)} is not a number above 0")
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    known = (*ONLY, *SHAPE.values(), *"max_position_embeddings head_dim initializer_range tie_word_embeddings eos_token_id".split())
+    return SimpleNamespace(**{key: config[key] for key in known})
+
+
+def load_model(folder, dropout=0.0):
+    """The Llama of a Hugging Face folder, in float32 on the CPU."""
+    model, weights = Llama(read_config(folder), dropout), {}
+    with explained(f"{folder} is damaged or incomplete", OSError, SafetensorError, RuntimeError):
+        for file in Path(folder).glob("*.safetensors"):
+            weights |= load_file(file)
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        model.load_state_dict(weights)
+    return model
+
+
+def save_checkpoint(model, data, run, optimizers, machine):
+    """Write out_dir/step-<iteration>, whole or not at all; keep only the newest and the best."""
+    path, tmp = Path(out_dir, f"step-{run.iteration:07d}"), Path(out_dir, "tmp")
+    require(all(p.isfinite().all() for p in model.parameters()), f"the weights after {run.iteration:,} iterations "
+            "are not finite, and not saved: run again with a lower --learning_rate")
+    ids = {"bos_token_id": data.start[0], "eos_token_id": data.eot}
+    words = {key[:-3]: data.tokenizer.id_to_token(token) for key, token in ids.items()}
+    files = {"config": vars(model.config) | ids | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"},
+             "generation_config": ids, "tokenizer_config": words | {"tokenizer_class": "PreTrainedTokenizerFast"},
+             "run": {"iteration": run.iteration, "val_loss": run.val_loss, "wandb_id": run.wandb_id,
+                     "settings": prepare.settings_of(globals()), "data": data.meta}}
+    trainer = {"run": vars(run), "scaler": machine.scaler.state_dict(),
+               "optimizers": [one.state_dict()["state"] for one in optimizers]}
+    with explained(f"cannot save {path} (those before it are whole)", OSError, RuntimeError, SafetensorError):
+        shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
+        tmp.mkdir()
+        for name, values in files.items():
+            (tmp / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+        data.tokenizer.save(str(tmp / "tokenizer.json"))
+        save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
+        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # save_file hides it from others
+        with open(tmp / "trainer.pt", "wb") as file:
+            torch.save(trainer, file)
+        flush(*tmp.iterdir(), tmp)
+        if path.exists():  # these weights were saved by a stop, before they were evaluated
+            for file in tmp.iterdir():
+                file.replace(path / file.name)
+        else:
+            tmp.rename(path)
+        flush(out_dir)
+        for old in {*checkpoints(out_dir)[:-1]} - {find_model(out_dir)}:
+            shutil.rmtree(old.rename(tmp))  # renamed first: no step- folder is ever there in part
+
 
 def flush(*paths):
-    """Bring files, or folders' lists of files, to the disk itself."""
-    for fd in (os.open(path, os.O_RDONLY) for path in paths if os.name == "posix"):
-        os.fsync(fd)
-        os.close(fd)
+    """Bring files, and folders' lists of files, to the disk itself, where the file system can."""
+    for path in paths if os.name == "posix" else ():
+        file = os.open(path, os.O_RDONLY)
+        with tolerated("flushing to the disk", OSError):
+            os.fsync(file)
+        os.close(file)
 
-# ----------------------------------------------------------------------------------- memory, evaluation and records
-def fit_micro_batch(model, inputs, targets, autocast, say):
-    """The most sequences, up to batch_size, that memory suffices for; on the way, the model is compiled or not."""
-    micro = min(batch_size, len(inputs))
-    while micro:
-        try:
-            reserve = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # for AdamW and DDP, later
-            with autocast: model(inputs[:micro], targets[:micro]).backward()
-            return micro
-        except torch._dynamo.exc.TorchDynamoException as error:
-            say(f"warning: not compiled, so slower: {str(error).splitlines()[0]}")
-            torch.compiler.set_stance("force_eager")
-        except RuntimeError as error:
-            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")): raise  # GPU, CPU
-            reserve, micro = None, micro // 2
-            say(f"out of memory: micro-batches of {micro} sequences, the same tokens per iteration")
-    fail(f"no memory for one sequence: lower --block_size={block_size}, or try --gradient_checkpointing=true")
 
-def evaluate(model, meta, micro, rank, world, device):
-    """Loss over the whole validation split, in fixed windows that the processes share, as columns of log.csv."""
-    total, count = torch.zeros((), dtype=torch.float64), meta["val_tokens"] - 1
-    for first in range(rank, math.ceil(count / block_size), micro * world):
-        total += model(*get_windows("val", (first + np.arange(micro) * world) * block_size, device)).cpu()
-    if world > 1: dist.all_reduce(total)
-    loss, bits = total.item() / count, total.item() / math.log(2)
-    return {"val_loss": loss, "val_bpb": bits / meta["val_bytes"], "val_perplexity": math.exp(min(loss, 700))}
+# -------------------------------------------------------------------------------------- machine
+def choose_device(name):
+    """The torch.device that --device names, once it has been seen to work."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with explained(f"--device={name} cannot be used here, --device={best} can", RuntimeError, AssertionError):
+        return torch.zeros(1, device=best if name == "auto" else name).device
 
-def open_log(rows):
-    """Functions that add a row to `rows`, log.csv and Weights & Biases. Locks out_dir, and writes log.csv anew."""
-    with explained(f"cannot use --out_dir={out_dir}: choose another, or wait for the run that uses it"):
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out_dir, "log.csv"), "a", newline="", buffering=1)
-        if os.name == "posix": fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        log = csv.DictWriter(file, ("iter", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
-                                    "val_perplexity", "mfu"), lineterminator="\n")
-        log.writeheader()
-        log.writerows(rows)
-    atexit.register(shutil.rmtree, Path(out_dir, "tmp"), ignore_errors=True)  # of a save that failed
-    if not wandb_log: return [rows.append, log.writerow]
-    with explained("--wandb_log=true does not work: pip install wandb, and wandb login"):
-        import wandb
-        wandb.init(project="smollm2", name=out_dir, config={key: globals()[key] for key in config_keys})
-    return [rows.append, log.writerow, lambda row: wandb.log(row, step=row["iter"])]
 
-def draw_curve(rows):
-    """Draw the rows of log.csv as out_dir/loss.png."""
-    from matplotlib.figure import Figure
-    figure = Figure((8, 5), layout="constrained")
-    losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    for axes, key, style in (losses, "train_loss", "-"), (losses, "val_loss", "o-"), (rates, "lr", "-"):
-        axes.plot(*zip(*((row["iter"], row[key]) for row in rows if key in row)), style, label=key, markersize=3)
-    loss, at = min((row["val_loss"], row["iter"]) for row in rows if "val_loss" in row)
-    losses.plot(at, loss, "r*", markersize=12, label=f"best val_loss: {loss:.4f} at {at:,}")
-    losses.legend()
-    losses.set(ylabel="nats per token", yscale="log")
-    rates.set(ylabel="learning rate", xlabel="iteration")
-    figure.savefig(Path(out_dir, "loss.png"), dpi=120)
+def has_bfloat16(device):
+    """Whether the device is built for products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
-# ------------------------------------------------------------------------------------------------------------- main
-def main():
-    configure(globals(), sys.argv[1:])
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = sample.choose_device(globals()["device"])
-    cuda, say = device.type == "cuda", tqdm.write if rank == 0 else lambda line: None
-    if world > 1: dist.init_process_group()  # nccl between GPUs, gloo between CPUs
+
+def set_up_machine():
+    """What to compute on: device, autocast, scaler, rank, world (processes), micro_batch (sequences)."""
+    chosen, (rank, world) = choose_device(device), prepare.process_rank()
+    cuda, gpus = chosen.type == "cuda", torch.cuda.device_count()
+    if cuda and world > 1:
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        require(chosen.index < gpus, f"there are {gpus} GPUs: give --nproc_per_node={gpus}, or --device=cpu")
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    if sys.platform == "linux" and not cuda:  # free() keeps all memory: getting it anew took a tenth of an iteration
-        for name, value in (-1, -1), (-4, 0): ctypes.CDLL(None).mallopt(name, value)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-    # where to start: the newest checkpoint of this run, another model, or scratch
-    saved, trainer = sample.checkpoints(out_dir), {"iteration": 0, "rows": [], "settings": {}, "optimizers": []}
-    if saved and init_from == "scratch" or not saved and init_from == "resume":
-        fail(f"--init_from={init_from}, but {out_dir} holds {'a' if saved else 'no'} run: choose another --out_dir")
-    source = saved[-1][2] if saved else None if init_from in ("auto", "scratch") else sample.find_model(init_from)
-    with explained(f"{source}/trainer.pt is damaged: move {source} away to resume from an older checkpoint"):
-        if saved: trainer = torch.load(source / "trainer.pt", "cpu", weights_only=True)  # which runs no code
-    raw, iteration, rows = sample.load_model(source) if source else None, trainer["iteration"], trainer["rows"]
-    before = trainer["settings"] | {key: getattr(raw.config, name) for key, name in HF_NAMES.items() if raw}
-    fill(("auto",), before, size="135m" if cuda else "tiny")
-    fill((0, "auto"), before, **SIZES[size])
-    fill((-1,), before, lr_decay_iters=max_iters, min_lr=learning_rate / 10, warmup_iters=min(max_iters // 20, 2000),
-         weight_decay=1.0 if size == "tiny" else 0.1)
-    changed = {key: f"--{key}={globals()[key]} (was {old})" for key, old in before.items() if globals()[key] != old}
-    for key in changed.keys() & {*HF_NAMES, "optimizer"}: fail(f"{source} cannot take {changed[key]}: leave it out")
-    # the data, made of input.txt if there is none, and whether everything fits together
-    if rank == 0 and not Path(data_dir, "train.bin").exists():
-        prepare(data_dir=data_dir, **({"tokenizer": str(source)} if source else {}))
-    if world > 1: dist.barrier()
-    with explained(f"cannot train on {data_dir}: run python prepare.py --data_dir={data_dir} on your text again"):
-        meta = json.loads(Path(data_dir, "meta.json").read_text())
-        found = {f"{split}_tokens": os.path.getsize(f"{data_dir}/{split}.bin") // 2 for split in ("train", "val")}
-        found["tokenizer_sha256"] = fingerprint(f"{data_dir}/tokenizer.json")
-        if meta | found != meta: fail(f"the files in {data_dir} are not those of its meta.json: run prepare.py again")
-        if source and fingerprint(f"{source}/tokenizer.json") != found["tokenizer_sha256"]:
-            fail(f"{source} has another tokenizer than {data_dir}: prepare with --tokenizer={source}")
-    fill((0,), {}, vocab_size=meta["vocab_size"])
-    if meta["train_tokens"] < 2 * block_size: fail(f"{data_dir} has too few tokens for --block_size={block_size}")
-    if n_embd % (2 * n_head): fail(f"--n_embd={n_embd} / --n_head={n_head} is not even, as the rotary embedding needs")
-    if n_head % n_kv_head: fail(f"--n_head={n_head} is no multiple of --n_kv_head={n_kv_head}")
-    if batch_size * gradient_accumulation_steps % world: fail(f"{world} processes cannot share --batch_size equally")
-    if not 0 <= min_lr <= learning_rate: fail(f"--min_lr={min_lr} is not from 0 to --learning_rate={learning_rate}")
-    if warmup_iters > min(max_iters, lr_decay_iters): fail(f"--warmup_iters={warmup_iters} is more than all iterations")
+    torch.use_deterministic_algorithms(deterministic)
+
+    name = dtype
+    if dtype == "auto":  # CPUs gain from bfloat16 only with wide models
+        fast = has_bfloat16(chosen) and (cuda or n_embd >= 512)
+        name = "bfloat16" if fast else "float16" if cuda else "float32"
+    sequences = batch_size * gradient_accumulation_steps
+    require(sequences % world == 0, f"{world} processes cannot share the {sequences} sequences of --batch_size "
+                                    "times --gradient_accumulation_steps equally")
+    micro_batch = min(batch_size, sequences // world)
+    if chosen.type == "cpu":  # more than 4,096 tokens at once are no faster there, and take gigabytes
+        micro_batch = min(micro_batch, max(1, 4096 // block_size))
+        keep_freed_memory()
+    return SimpleNamespace(device=chosen, rank=rank, world=world, micro_batch=micro_batch, dtype=name,
+                           autocast=torch.autocast(chosen.type, getattr(torch, name), name != "float32"),
+                           scaler=torch.amp.GradScaler(chosen.type, 4096.0, enabled=name == "float16"))
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: to get it anew from the kernel took a tenth of an iteration."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
+def compile_model(model, machine):
+    """Compile what takes the time, if it is wanted and works here."""
+    wide = machine.device.type == "cuda" or n_embd >= 512
+    if compile == "false" or compile == "auto" and not wide:
+        return
+    say("compiling, which takes up to a minute ...")
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=machine.device))
+    except Exception as error:  # of a compiler, a driver, a cache folder: they share no kind
+        say(f"warning: not compiled, so slower: {' '.join(str(error).split())[:200]}")
+        return
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)  # they share the code of the first
+    model.slice_loss = torch.compile(slice_loss, dynamic=False)
+
+
+def total(number, machine):
+    """The sum of a number over all processes."""
+    if machine.world == 1:
+        return number
+    tensor = torch.tensor(number, dtype=torch.float64, device=machine.device)
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+# ------------------------------------------------------------------------- beginning or resuming
+@dataclass
+class Run:
+    """How far a run has come."""
+    iteration: int = 0
+    sequences: int = 0  # trained on so far; the next batch begins after them
+    val_loss: float = None  # of the weights as they are, if they were evaluated
+    rows: list = field(default_factory=list)  # of log.csv
+    wandb_id: str = None
+
+    def record(self, **columns):
+        """Add columns to this iteration's row of log.csv."""
+        if not self.rows or self.rows[-1]["iter"] != self.iteration:
+            self.rows.append({"iter": self.iteration})
+        self.rows[-1].update(columns)
+
+
+def find_start():
+    """(model folder or None, run.json of the run to resume or {}): what --init_from means here."""
+    saved = checkpoints(out_dir)
+    require(saved or init_from != "resume", f"--init_from=resume, but {out_dir} holds no run")
+    require(not saved or init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
+    if not saved:
+        return None if init_from in ("auto", "scratch") else find_model(init_from), {}
+    file = saved[-1] / "run.json"
+    require(file.exists(), f"an older train.py made {saved[-1]}: it can be sampled, or trained further by "
+                           f"--init_from={out_dir} --out_dir=NEW")
+    return saved[-1], read_json(file)
+
+
+def open_data(source):
+    """The Data of data_dir, made of input.txt if the default is missing; it must fit the model in `source`."""
+    if not Path(data_dir).exists():
+        require(data_dir == "data" and prepare.process_rank()[1] == 1,
+                f"there is no {data_dir}: run python prepare.py --input=TEXT --data_dir={data_dir} first")
+        prepare.prepare(tokenizer=str(source or "bpe"))
+    data = Data(data_dir)
+    tokenizer = prepare.load_tokenizer(source) if source else data.tokenizer
+    require(prepare.fingerprint(tokenizer) == prepare.fingerprint(data.tokenizer), f"{data_dir} has another "
+            f"tokenizer than {source}: run python prepare.py --tokenizer={source} --data_dir=NEW for it")
+    tokens = data.meta["train_tokens"]
+    require(tokens >= 2 * block_size, f"{data_dir} has {tokens:,} tokens: lower --block_size={block_size}")
+    return data
+
+
+def settle(before, data):
+    """Work out the settings that are -1 or 0; refuse what differs from the run before, if there is one."""
+    global vocab_size, warmup_iters, lr_decay_iters, min_lr
+    old = before.get("settings", {})
+    if vocab_size == 0:
+        vocab_size = data.meta["vocab_size"]
+    if warmup_iters == -1:
+        warmup_iters = old.get("warmup_iters", min(max_iters // 20, 2000))
+    if lr_decay_iters == -1:
+        lr_decay_iters = old.get("lr_decay_iters", max_iters)
+    if min_lr == -1:
+        min_lr = learning_rate / 10
+
+    now = prepare.settings_of(globals())
+    changed = {key: value for key, value in old.items() if now.get(key, value) != value}
+    if {init_from, changed.get("init_from")} <= {"auto", "scratch", "resume"}:
+        del changed["init_from"]
+    wrong = [f"--{key}={changed[key]}" for key in ("init_from", "size", *SHAPE, "optimizer") if key in changed]
+    if "init_from" in changed or "size" in changed:
+        wrong = wrong[:1]  # the rest may follow from it
+    require(not wrong, f"{out_dir} holds another run: add {' '.join(wrong)}, or choose another --out_dir")
+    require(before.get("data", data.meta) == data.meta or "data_dir" in changed,
+            f"{data_dir} is not the text that the run in {out_dir} began with: prepare that again, "
+            f"or go on from its weights by --init_from={out_dir} --out_dir=NEW")
+    for key, value in changed.items():
+        say(f"changed: {key} = {now[key]} (was {value})")
+
+
+def make_model(source, data):
+    """The Llama of a model folder, or a new one; what it saves stops at the data's end of text."""
     torch.manual_seed(seed)
-    raw = raw or Llama(SimpleNamespace(**sample.ONLY, **{name: globals()[key] for key, name in HF_NAMES.items()},
-        architectures=["LlamaForCausalLM"], head_dim=n_embd // n_head, max_position_embeddings=block_size,
-        tie_word_embeddings=True, initializer_range=n_embd ** -0.5, eos_token_id=meta["eos_token_id"]))
-    if block_size > (limit := raw.config.max_position_embeddings): fail(f"--block_size={block_size} is over {limit:,}")
-    logs, signals = open_log(rows) if rank == 0 and not eval_only else [], []
-    def ask_to_stop(number, frame):  # a second signal ends at once; but torchrun repeats the Ctrl-C that it shares
-        if signals and (world == 1 or time.time() > signals[0] + 2): os._exit(128 + number)
-        signals.append(time.time())
-    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, ask_to_stop)
-    # how to compute: precision, optimizers, compiler, micro-batches, processes
-    wide = cuda or n_embd >= 512  # CPUs gain from bfloat16 and compiling once the model is wide
-    bf16 = torch.cuda.get_device_capability(device)[0] >= 8 if cuda else wide and torch.cpu._is_avx512_bf16_supported()
-    precision = getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float16" if cuda else "float32")
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, 4096.0, enabled=precision == torch.float16)
-    optimizers = make_optimizers(raw.to(device))
-    for one, state in zip(optimizers, trainer["optimizers"]): one.load_state_dict(one.state_dict() | {"state": state})
-    if trainer.get("scaler"): scaler.load_state_dict(trainer["scaler"])
-    compiled = compile == "true" or compile == "auto" and wide
-    for layer in raw.model.layers if compiled else (): layer.compile(dynamic=False)  # all share the code of the first
-    if compiled: globals()["slice_loss"] = torch.compile(slice_loss, dynamic=False)
-    inputs, targets = training_batch(iteration, meta, rank, world, device)
-    micro = fit_micro_batch(raw, inputs, targets, autocast, say)
-    model = nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
-    # what is going to happen
-    kinds = "embed", "attn", "mlp", "norm", "lm_head"
-    parts = {kind: sum(p.numel() for name, p in raw.named_parameters() if kind in name) for kind in kinds}
-    tokens, n_params, starts = targets.numel() * world, sum(parts.values()), range(0, len(inputs), micro)
-    flops = 6 * n_params + 12 * n_layer * n_embd * block_size  # a token, forward and backward (PaLM, arXiv:2204.02311)
-    chip = torch.cuda.get_device_name(device) if cuda else device.type
-    peak = next((peak * world for name, peak in PEAK_FLOPS.items() if name in chip), None)
-    say(f"device     {world} x {chip}, {str(precision)[6:]}, {'' if compiled else 'not '}compiled")
-    say(f"model      {size}, {n_params:,} parameters: {', '.join(f'{part} {n:,}' for part, n in parts.items())}")
-    say(f"data       {meta['train_tokens']:,} tokens, {meta['val_tokens']:,} for validation; "
-        f"{max_iters * tokens / meta['train_tokens']:.1f} epochs in {max_iters:,} iterations")
-    say(f"iteration  {tokens:,} tokens of {flops:.3g} FLOPs: {world} x {len(starts)} micro-batches x {micro} sequences")
-    say(", ".join((f"start      {source or 'scratch'}, iteration {iteration:,} of {max_iters:,}", *changed.values())))
-    if not (drawing := importlib.util.find_spec("matplotlib")): say("no loss.png: pip install matplotlib")
-    tokenizer = Tokenizer.from_file(f"{data_dir}/tokenizer.json")
-    options = {key: getattr(sample, key) for key in sample.OPTIONS} | {"max_new_tokens": 100, "seed": seed}
-    bar = tqdm(total=max_iters, initial=iteration, disable=None if rank == 0 else True, dynamic_ncols=True)
-    row, due, skipped, stopping = {"iter": iteration}, eval_only or not saved, 0, False  # is an evaluation due?
-    while True:  # evaluate, log, save, stop, update
-        if due:
-            with autocast, torch.no_grad(): row |= evaluate(raw.eval(), meta, micro, rank, world, device)
-        if len(row) > 1:
-            facts = ", ".join(f"{key} {value:{',' if isinstance(value, int) else '.5g'}}" for key, value in row.items())
-            say(facts) if bar.disable or due else bar.set_postfix_str(facts)
-        with explained(f"cannot write to {out_dir}: make room and run again; the checkpoints there are whole"):
-            for log in logs if len(row) > 1 else (): log(row)
-            if logs and (due or stopping):
-                save_checkpoint(raw, row.get("val_loss"), iteration=iteration, rows=rows, scaler=scaler.state_dict(),
-                                optimizers=[one.state_dict()["state"] for one in optimizers])
-                if drawing: draw_curve(rows)
-        if logs and due:
-            with torch.compiler.set_stance("force_eager"):
-                say("".join(new for new, in sample.stream(raw.eval(), tokenizer, [meta["eos_token_id"]], 1, **options)))
-        if eval_only or stopping or iteration >= max_iters: break
-        began, rate, loss = time.time(), scheduled_rate(iteration), torch.zeros((), device=device)
-        torch.manual_seed(seed + iteration * world + rank)  # so that dropout, too, depends on the iteration alone
-        raw.train().zero_grad()
-        for start in starts:
-            model.require_backward_grad_sync = start == starts[-1]  # of DDP: once an iteration
-            with autocast: part = model(inputs[start:start + micro], targets[start:start + micro]) / targets.numel()
-            scaler.scale(part).backward()
-            loss += part.detach()
-        for one in optimizers: scaler.unscale_(one)
-        norm = nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)
-        stats = torch.stack((loss, norm, loss.new_tensor(len(signals))))
-        text, (inputs, targets) = inputs[0, :20], training_batch(iteration + 1, meta, rank, world, device)
-        if world > 1: dist.all_reduce(stats)
-        loss, norm, stopping = (stats / world).tolist()  # here the device is waited for
-        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
-        if skipped: say(f"iteration {iteration:,}: loss {loss}, gradient norm {norm}: update skipped")
-        if skipped == 5: fail(f"no finite gradient in 5 iterations up to {iteration:,}, learning rate {rate:.3g}, on "
-                              f"text like {tokenizer.decode(text.tolist())!r}: run again with a lower --learning_rate")
-        for one in optimizers if not skipped else ():
-            for group in one.param_groups: group["lr"] = rate * one.defaults["lr"]  # of AdamW 1, of Muon 0.6
-            with Float32(): scaler.step(one)
-        scaler.update()
-        iteration, row = iteration + 1, {"iter": iteration + 1}
+    if source:
+        model = load_model(source, dropout)
+    else:
+        require(n_embd % (2 * n_head) == 0, f"--n_embd={n_embd} must be a multiple of 2 x --n_head={n_head}")
+        shape = {theirs: globals()[ours] for ours, theirs in SHAPE.items()}
+        model = Llama(SimpleNamespace(
+            **ONLY, **shape, head_dim=n_embd // n_head, initializer_range=n_embd ** -0.5,
+            max_position_embeddings=block_size, tie_word_embeddings=True), dropout)
+    for ours, theirs in SHAPE.items():
+        asked, value = globals()[ours], getattr(model.config, theirs)
+        require(asked == value, f"{source} has {ours}={value}: leave out what sets it to {asked}")
+    most = model.config.max_position_embeddings
+    require(vocab_size >= data.meta["vocab_size"], f"--vocab_size={vocab_size} is below that of {data_dir}")
+    require(block_size <= most, f"--block_size={block_size} is over the model's {most:,} positions")
+    model.config.eos_token_id = data.eot
+    model.gradient_checkpointing = gradient_checkpointing
+    return model
+
+
+def restore(source, optimizers, machine):
+    """The Run of a checkpoint, its optimizers and scaler put back as they were."""
+    with explained(f"{source}/trainer.pt is damaged: move {source} away to go on from an older checkpoint",
+                   OSError, RuntimeError, pickle.UnpicklingError):
+        trainer = torch.load(source / "trainer.pt", machine.device, weights_only=True)  # it runs no code
+    for one, state in zip(optimizers, trainer["optimizers"]):
+        one.load_state_dict(one.state_dict() | {"state": state})
+    machine.scaler.load_state_dict(trainer["scaler"])
+    return Run(**trainer["run"])
+
+
+# --------------------------------------------------------------------------------------- records
+def report(flags, model, data, run, machine, source):
+    """Say what is going to happen, before anything that takes long."""
+    for key, value in flags.items():
+        say(f"overriding: {key} = {value}")
+    parameters = sum(p.numel() for p in model.parameters())
+    sequences = batch_size * gradient_accumulation_steps
+    epochs = max_iters * sequences * block_size / data.meta["train_tokens"]
+    say(f"""
+device     {machine.world} x {machine.device}, {machine.dtype}
+model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters, from {source or "scratch"}
+data       {data_dir}: {data.meta["train_tokens"]:,} tokens, {data.meta["val_tokens"]:,} for validation
+iteration  {sequences:,} x {block_size:,} tokens, {machine.micro_batch} sequences at a time
+optimizer  {optimizer}, up to {learning_rate:g} in {warmup_iters}, {schedule} to {min_lr:g} at {lr_decay_iters:,}
+run        iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs, into {out_dir}""".lstrip())
+
+
+def start_wandb(run):
+    """Begin a run of Weights & Biases, or go on with the one that this run had before."""
+    with explained("--wandb_log=true needs Weights & Biases: pip install wandb", ImportError):
+        import wandb
+    wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow",
+               config=prepare.settings_of(globals()))
+    run.wandb_id = wandb.run.id
+
+
+def write_log(rows):
+    """Write log.csv anew, with every column that a row has; send the last row to Weights & Biases."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with tolerated("writing log.csv", OSError), open(f"{out_dir}/log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    if wandb_log:
+        import wandb
+        wandb.log(rows[-1], step=rows[-1]["iter"])
+
+
+def draw_curve(rows, data):
+    """Draw the losses and the learning rate of log.csv as out_dir/loss.png."""
+    from matplotlib.figure import Figure
+    figure = Figure((7, 5), layout="constrained")
+    losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    train = np.array([(row["iter"], row["train_loss"], row["lr"]) for row in rows if "lr" in row]).reshape(-1, 3).T
+    val = np.array([(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]).T
+    window = np.ones(1 + train.shape[1] // 20)
+    smooth = np.convolve(train[1], window, "same") / np.convolve(np.ones_like(train[1]), window, "same")
+    losses.plot(train[0], train[1], "tab:blue", alpha=0.25)
+    losses.plot(train[0], smooth, "tab:blue", label="training")
+    losses.plot(*val, "o-", color="tab:orange", markersize=3, label="validation")
+    at, best = val[:, val[1].argmin()]
+    losses.plot(at, best, "r*", markersize=12, label=f"best: {best:.4f} at {at:,.0f}")
+    rates.plot(train[0], train[2], "tab:gray")
+
+    losses.set(yscale="log", ylabel="nats per token", title=f"{size}, {n_layer} layers x {n_embd}, on {data_dir}")
+    for axis in losses.yaxis, :
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)  # bits per byte of a nat per token
+    right = losses.secondary_yaxis("right", functions=(lambda nats: nats * bits, lambda bpb: bpb / bits))
+    right.set_ylabel("validation: bits per byte")
+    losses.grid(alpha=0.3, which="both")
+    losses.legend()
+    rates.set(xlabel="iteration", ylabel="learning rate")
+    figure.savefig(f"{out_dir}/loss.png", dpi=120)
+
+
+def show_sample(model, data, iteration):
+    """Print what the model writes by itself."""
+    start = torch.tensor([data.start], device=model.head().device)
+    generator = torch.Generator(start.device).manual_seed(seed)
+    temperature = 0.8
+
+    def choose(logits, tokens):
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+
+    with torch.compiler.set_stance("force_eager"):
+        ids = [new.item() for new in model.eval().generate(start, 100, choose)]
+    text = data.tokenizer.decode(ids[:ids.index(data.eot)] if data.eot in ids else ids)
+    say(f"--- iteration {iteration:,}, temperature {temperature} ".ljust(60, "-"))
+    say(f"{prepare.printable(text).strip()}\n{'-' * 60}")
+
+
+# -------------------------------------------------------------------------------------- training
+stop_signals = []  # when they came
+
+
+def listen(run):
+    """Let Ctrl-C, SIGTERM and SIGHUP end the run after its iteration, and a second one at once."""
+    def ask_to_stop(number, frame):
+        # torchrun repeats the Ctrl-C that its processes got themselves: soon after, it is the same one
+        if stop_signals and (prepare.process_rank()[1] == 1 or time.monotonic() > stop_signals[0] + 2):
+            os._exit(128 + number)
+        stop_signals.append(time.monotonic())
+        say(f"finishing iteration {run.iteration + 1:,}, then saving; Ctrl-C again quits at once")
+
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # nohup ignores it
+            signal.signal(getattr(signal, name), ask_to_stop)
+
+
+def to_device(arrays, machine):
+    """numpy's (inputs, targets) as tensors on the machine's device."""
+    return [torch.from_numpy(array).to(machine.device) for array in arrays]
+
+
+@torch.no_grad()
+def evaluate(model, data, machine, split="val"):
+    """Columns of log.csv: the loss over a whole split in fixed windows. None if a signal came meanwhile."""
+    count, at_once, nats = data.meta[f"{split}_tokens"] - 1, machine.micro_batch, 0.0
+    model.eval()
+    for first in range(0, math.ceil(count / block_size), at_once * machine.world):
+        if total(len(stop_signals), machine):
+            return None
+        starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
+        with machine.autocast:
+            nats += model.loss(*to_device(data.windows(split, starts, block_size), machine)).item()
+    loss = total(nats, machine) / count
+    bytes_per_token = data.meta[f"{split}_bytes"] / count
+    return {f"{split}_loss": loss, f"{split}_bpb": loss / math.log(2) / bytes_per_token,
+            f"{split}_perplexity": math.exp(min(loss, 700))}
+
+
+def forward_backward(model, optimizers, inputs, targets, machine):
+    """The mean loss over all processes' tokens, and the norm of its gradient, left in the model, clipped."""
+    loss = torch.zeros((), device=machine.device)
+    model.train().zero_grad()
+    try:
+        for part, wanted in zip(inputs.split(machine.micro_batch), targets.split(machine.micro_batch)):
+            with machine.autocast:
+                part_loss = model.loss(part, wanted) / (targets.numel() * machine.world)
+            machine.scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+    except torch.OutOfMemoryError:
+        require(machine.micro_batch > 1, f"no memory for one sequence: lower --block_size={block_size}")
+        loss = None  # what follows must wait until this exception, and all that it holds, is gone
+    if loss is None:
+        machine.micro_batch //= 2
+        say(f"out of memory: {machine.micro_batch} sequences at a time, the same tokens in an iteration")
+        return forward_backward(model, optimizers, inputs, targets, machine)
+
+    for p in model.parameters() if machine.world > 1 else ():
+        dist.all_reduce(p.grad)
+    for one in optimizers:
+        machine.scaler.unscale_(one)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    return total(loss.item(), machine), norm.item()
+
+
+def step(optimizers, rate, machine):
+    """Update the weights, each group of them at its share of the learning rate."""
+    for one in optimizers:
+        for group in one.param_groups:
+            group["lr"] = rate * group.get("share", 1)
+        machine.scaler.step(one)
+
+
+def is_due(iteration):
+    """Whether to evaluate and save after so many iterations."""
+    return iteration % eval_interval == 0 or iteration >= max_iters
+
+
+def take_stock(model, data, run, optimizers, machine, bar):
+    """Evaluate, log, save and sample where that is due; save alone when asked to stop. Returns whether it was."""
+    scores = None
+    if is_due(run.iteration) and run.val_loss is None:
+        bar.set_postfix_str("evaluating")
+        scores = evaluate(model, data, machine)
+    stopping = total(len(stop_signals), machine) > 0
+    if scores:
+        run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
+        run.record(**scores)
+        say(f"iteration {run.iteration:,}: {result_line(scores)}")
+    if machine.rank == 0 and scores:
+        write_log(run.rows)
+        with tolerated("drawing loss.png", Exception):
+            draw_curve(run.rows, data)
+    if machine.rank == 0 and (scores or stopping) and run.iteration > 0:
+        save_checkpoint(model, data, run, optimizers, machine)
+    if machine.rank == 0 and scores:
+        show_sample(model, data, run.iteration)
+    return stopping
+
+
+def result_line(scores):
+    return (f"loss {scores['val_loss']:.4f}, {scores['val_bpb']:.4f} bits per byte, "
+            f"perplexity {scores['val_perplexity']:.2f}")
+
+
+def say_goodbye(run, began_at):
+    """Say how the run ended, and what can be done next."""
+    if run.iteration < max_iters:
+        kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
+        return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
+    if began_at >= max_iters:
+        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} adds iterations, at min_lr")
+    best = min((row for row in run.rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
+        f"sample it: python sample.py --model={out_dir}\n"
+        f"on a page: python sample.py --model={out_dir} --web=true")
+
+
+def main():
+    prepare.steady_output()
+    flags = prepare.configure(globals(), sys.argv[1:], presets)
+    check_settings()
+    machine = set_up_machine()
+    if machine.rank == 0 and not eval_only:
+        prepare.lock(out_dir)
+    source, before = find_start()
+    data = open_data(source)
+    settle(before, data)
+
+    model = make_model(source, data).to(machine.device)
+    optimizers = make_optimizers(model)
+    run = restore(source, optimizers, machine) if before else Run()
+    report(flags, model, data, run, machine, source)
+    listen(run)
+    compile_model(model, machine)
+    if eval_only:
+        require(source, f"--eval_only: {out_dir} holds no run, and there is no --init_from=MODEL")
+        return say(result_line(evaluate(model, data, machine)))
+    if machine.rank == 0 and wandb_log:
+        start_wandb(run)
+
+    sequences = batch_size * gradient_accumulation_steps
+    share = sequences // machine.world  # of this process
+    began_at, skipped = run.iteration, 0
+    bar = tqdm(total=max_iters, initial=began_at, dynamic_ncols=True, disable=machine.rank > 0 or None,
+               bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+    while True:
+        stopping = take_stock(model, data, run, optimizers, machine, bar)
+        if stopping or run.iteration >= max_iters:
+            break
+
+        # one update, by the mean loss over the tokens of all processes
+        began = time.perf_counter()
+        torch.manual_seed(seed + run.iteration * machine.world + machine.rank)  # of dropout
+        first = run.sequences + machine.rank * share
+        batch = to_device(data.training_batch(first, share, block_size, seed), machine)
+        loss, norm = forward_backward(model, optimizers, *batch, machine)
+        rate = learning_rate_at(run.iteration)
+        if math.isfinite(loss + norm):
+            step(optimizers, rate, machine)
+            skipped = 0
+        else:
+            skipped += 1
+            say(f"iteration {run.iteration + 1:,}: loss {loss}, gradient norm {norm}: update skipped")
+            require(skipped < 5, f"no finite gradient in 5 iterations, at a learning rate of {rate:.3g}: "
+                                 "run again with a lower --learning_rate")
+        machine.scaler.update()
+        run.iteration += 1
+        run.sequences += sequences
+        run.val_loss = None
+
+        # log
+        speed = sequences * block_size / max(time.perf_counter() - began, 1e-9)
+        bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
         bar.update()
-        due = iteration % eval_interval == 0 or iteration >= max_iters
-        if due or iteration % log_interval == 0:
-            row |= dict(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=int(tokens / (time.time() - began)))
-            if peak: row["mfu"] = row["tokens_per_second"] * flops / peak
-    if logs:
-        loss, bits, best = min((row["val_loss"], row["val_bpb"], row["iter"]) for row in rows if "val_loss" in row)
-        say(f"best validation loss {loss:.4f}, {bits:.4f} bits per byte, in {out_dir}/step-{best:07d}\n"
-            f"sample it: python sample.py --model={out_dir}\non a page: python sample.py --model={out_dir} --web=true")
-    if world > 1: dist.destroy_process_group()
+        if run.iteration % log_interval == 0 or is_due(run.iteration):
+            run.record(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
+            if machine.rank == 0:
+                write_log(run.rows)
+            if bar.disable:
+                say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tokens/s")
+
+    bar.close()
+    say_goodbye(run, began_at)
+    if machine.world > 1:
+        dist.destroy_process_group()
+
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]  # what sample.py imports is this file, with its settings
-    import sample
     main()
