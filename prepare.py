@@ -55,12 +55,15 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 VAL_LIMIT = 10_000_000  # bytes: evaluating all of the validation split stays cheap on any text
 BPE_TEXT = 2 ** 26      # bytes: a BPE is made from about so much, spread over the training text
 BLOCK = 2 ** 20         # bytes read at a time
-PIECE = 2 ** 15         # characters encoded at a time, by each core
+PIECE = 2 ** 15         # characters that a core encodes at a time
+BATCH = 32              # pieces that the cores share; their tokens take 100 times the memory
+REACH = 99              # characters beyond a place in which the end of a word is looked for
 AROUND = 256            # characters on either side of a cut that tell whether it changes a token
 TIMEOUT = 30            # seconds that a download may stall
 
 MARK = "<|endoftext|>"  # ends a document in plain text, and is the token that ends it in the BPE
-END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "[SEP]")
+END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]",
+              "[SEP]")
 
 # where validation may begin, best first: after a document, before a blank line, after a line,
 # before a space, before any character
@@ -130,11 +133,11 @@ def is_text(path):
 
 def download(url, work):
     """Save the file that a URL names under the folder `work`. Returns its path."""
-    name = os.path.basename(urllib.parse.urlsplit(url).path)
-    path = os.path.join(tempfile.mkdtemp(dir=work), name or "page")
-    ascii_url = urllib.parse.quote(url, safe=string.punctuation)
     socket.setdefaulttimeout(TIMEOUT)
-    with explained(f"cannot download {url}", Exception), progress(f"downloading {name}") as bar:
+    with explained(f"cannot download {url}", Exception), progress(f"downloading {url}") as bar:
+        name = os.path.basename(urllib.parse.urlsplit(url).path) or "page"
+        path = os.path.join(tempfile.mkdtemp(dir=work), name)
+        ascii_url = urllib.parse.quote(url, safe=string.punctuation)
         # this also compares the length with the one that was announced
         urllib.request.urlretrieve(ascii_url, path, lambda _, size, total: bar.update(size))
     return path
@@ -296,9 +299,9 @@ def short(texts):
 
 
 def word_ends(text, places):
-    """The end of the first word that ends within 99 characters from each place, or the place."""
+    """For each place, the end of the first word that ends soon after it, else the place."""
     for place in places:
-        word = re.compile(r"\w\b").search(text, place, place + 99)
+        word = re.compile(r"\w\b").search(text, place, place + REACH)
         yield word.end() if word else place
 
 
@@ -339,23 +342,26 @@ def pieces(documents, tokenizer):
 
 def safe_cuts(text, known, tokenizer):
     """
-    Where the tokens of a text stay the same if it is cut, as [(cut, tokens of context before)].
-    Left of a cut they must not depend on what follows, and right of it not on how much context
-    there is: two lengths without a common factor also give a period away.
+    Where a text can be cut without changing its tokens, as [(cut, tokens of the context before)].
+    The tokens before a cut must not depend on how much follows, nor those after it on how much
+    comes before. Two lengths without a common factor are tried, or a repeated string would pass.
     """
-    cuts = list(word_ends(text, range(known + PIECE, len(text) - AROUND - 99, PIECE)))
+    cuts = list(word_ends(text, range(known + PIECE, len(text) - AROUND - REACH, PIECE)))
+    lengths = (AROUND, AROUND // 2 + 1)
     tests = []
     for cut in cuts:
-        for context in AROUND, AROUND // 2 + 1:
-            start = max(0, cut - context)
-            tests += [text[start:cut], text[start:cut + AROUND]]
+        for before in lengths:
+            start = max(0, cut - before)
+            tests += [text[start:cut + after] for after in (0, *lengths)]
     codes = tokenizer.encode_batch_fast(tests, add_special_tokens=False)
-    tokens = iter([code.ids for code in codes])
+    tokens = [code.ids for code in codes]
 
     safe = []
-    for cut, far, far_on, near, near_on in zip(cuts, tokens, tokens, tokens, tokens):
-        right = far_on[len(far):]
-        if far + right == far_on and near + right == near_on:
+    for number, cut in enumerate(cuts):
+        far, far_long, far_short, near, near_long, near_short = tokens[6 * number:6 * number + 6]
+        left_stays = (far == far_long[:len(far)] == far_short[:len(far)]
+                      and near == near_long[:len(near)] == near_short[:len(near)])
+        if left_stays and far_long[len(far):] == near_long[len(near):]:
             safe.append((cut, len(near)))
     return safe
 
@@ -373,7 +379,7 @@ def write_tokens(path, documents, tokenizer, bar):
     cut = pieces(documents, tokenizer)
     with open(path, "wb") as file:
         file.write(np.array([eot], "<u2").tobytes())  # the first document follows one, too
-        while batch := list(itertools.islice(cut, 64)):
+        while batch := list(itertools.islice(cut, BATCH)):
             texts = [text for text, *_ in batch]
             codes = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for (text, known, skip, ends), code in zip(batch, codes):
@@ -557,7 +563,7 @@ class Data:
 
 @functools.lru_cache(1)
 def epoch_order(seed, epoch, windows, length):
-    """Where an epoch's first window starts, and the order of its windows. Ten million take 0.5 s."""
+    """Where an epoch's first window starts, and the order of its windows (10 million: 0.5 s)."""
     rng = np.random.default_rng((seed, epoch))
     return rng.integers(length), rng.permutation(windows)
 
@@ -609,7 +615,7 @@ def following_value(name, words, settings):
 
 
 def read_config_file(path, settings):
-    """{name: value} of the lines `name = value` in a file like nanoGPT's config/*.py. Runs nothing."""
+    """{name: value} of the lines `name = value` in a file like nanoGPT's configs. Runs nothing."""
     flags = {}
     with explained(f"cannot read {path}", OSError, SyntaxError, ValueError):
         for line in ast.parse(Path(path).read_text("utf-8")).body:
@@ -625,13 +631,19 @@ def parse(name, text, settings):
     """The value that a text gives a setting: of the type that the setting has in the block."""
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=1)
-        fail(f"unknown flag --{name}" + (f": did you mean --{near[0]}?" if near else ", see --help"))
+        hint = f": did you mean --{near[0]}?" if near else ", see --help"
+        fail(f"unknown flag --{name}{hint}")
     default = settings[name]
     try:
-        return BOOLEANS[text.lower()] if isinstance(default, bool) else type(default)(text)
+        value = BOOLEANS[text.lower()] if isinstance(default, bool) else type(default)(text)
     except (KeyError, ValueError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
         fail(f"--{name}={text}: {name} is {kind}, as in --{name}={default}")
+    if not isinstance(value, str):
+        # only what is -1 in the block, a value to be worked out, may be given as -1
+        least = min(0, default)
+        require(least <= value < float("inf"), f"--{name}={text} must be {least} or more")
+    return value
 
 
 def show_help(config):
@@ -694,7 +706,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def explained(problem, *kinds):
-    """Turn an exception of one of these kinds into one line on stderr; others keep their traceback."""
+    """Turn an exception of these kinds into one line on stderr; others keep their traceback."""
     try:
         yield
     except kinds as error:
@@ -725,7 +737,8 @@ def tolerated(what, *kinds):
         yield
     except kinds as error:
         if what not in WARNED:
-            say(f"warning: {what} fails, the run goes on ({type(error).__name__}: {str(error)[:200]})")
+            say(f"warning: {what} fails, the run goes on "
+                f"({type(error).__name__}: {str(error)[:200]})")
         WARNED.add(what)
 
 
@@ -747,7 +760,7 @@ def lock(folder):
 
 
 class SteadyStream:
-    """A standard stream that ends no run: what cannot be shown is replaced, or dropped when the reader has gone."""
+    """A standard stream that ends no run: what cannot be shown is replaced or dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # there is none after 2>&-

@@ -71,7 +71,7 @@ def chooser(values, device):
 
 
 def penalize(logits, tokens, penalty):
-    """Logits with those of the tokens that were there already made smaller (CTRL, arXiv:1909.05858)."""
+    """Make tokens that were there already less likely (CTRL, arXiv:1909.05858)."""
     used = logits.gather(1, tokens)
     return logits.scatter(1, tokens, torch.where(used < 0, used * penalty, used / penalty))
 
@@ -145,12 +145,13 @@ def first_words(folder):
     except SystemExit:  # there is no such folder, or no longer
         return []
     ids = data.windows("train", [0], min(2 ** 16, data.meta["train_tokens"]))[0][0]
-    texts = [data.tokenizer.decode(ids[at + 1:at + 9].tolist()) for at in (ids == data.eot).nonzero()[0]]
+    starts = (ids == data.eot).nonzero()[0] + 1
+    texts = [data.tokenizer.decode(ids[at:at + 8].tolist()) for at in starts]
     return [" ".join(text.split()[:4]) for text in texts if text.strip()][:3]
 
 
 def serve(llama, tokenizer, folder, facts):
-    """Serve a page, to this machine alone, until Ctrl-C. Several visitors write at the same time."""
+    """Serve a page, to this machine alone, until Ctrl-C. Visitors may write at the same time."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: the page needs no network
     with explained("--web=true needs gradio: pip install gradio", ImportError):
         import gradio
@@ -166,7 +167,8 @@ def serve(llama, tokenizer, folder, facts):
         began = time.perf_counter()
         for count, (new,) in enumerate(stream(llama, tokenizer, ids, values), 1):
             text += new
-            yield text, f"{count} tokens, {count / (time.perf_counter() - began):.1f} a second", values["seed"]
+            speed = count / max(time.perf_counter() - began, 1e-9)
+            yield text, f"{count} tokens, {speed:.1f} a second", values["seed"]
 
     with gradio.Blocks(title="Write with " + facts) as page:
         with gradio.Tab("Write"):
@@ -180,26 +182,31 @@ def serve(llama, tokenizer, folder, facts):
             if examples:
                 gradio.Examples(examples, asked, label="Beginnings from the training text")
             with gradio.Accordion("Sampling", open=False):
-                sliders = [gradio.Slider(low, high, globals()[key], step=step, label=label, info=info)
-                           for key, (label, info, low, high, step) in SLIDERS.items()]
+                sliders = []
+                for key, (label, info, low, high, step) in SLIDERS.items():
+                    sliders.append(gradio.Slider(low, high, globals()[key], step=step, label=label,
+                                                 info=info))
                 keep_seed = gradio.Checkbox(False, label="Use this seed again")
-                number = gradio.Number(seed, label="Seed", info="The same seed, the same text.", precision=0)
-        if (folder.parent / "loss.png").exists():
+                number = gradio.Number(seed, label="Seed", precision=0)
+        curve = folder.resolve().parent / "loss.png"
+        if curve.exists():
             with gradio.Tab("Training curve"):
-                gradio.Image(str(folder.parent.resolve() / "loss.png"), show_label=False, buttons=[])
-        running = gradio.on([start.click, asked.submit], write, [asked, keep_seed, number, *sliders],
-                            [text, status, number], concurrency_limit=4, show_progress="hidden")
+                gradio.Image(str(curve), show_label=False, buttons=[])
+        running = gradio.on([start.click, asked.submit], write,
+                            [asked, keep_seed, number, *sliders], [text, status, number],
+                            concurrency_limit=4, show_progress="hidden")
         stop.click(None, cancels=[running])
     print(f"http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it", file=sys.stderr)
     with explained(f"cannot serve at --port={port}: choose another", OSError):
-        page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, ssr_mode=False,
-                    footer_links=[])
+        page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True,
+                    ssr_mode=False, footer_links=[])
 
 
 # ------------------------------------------------------------------------------------------ main
 def load():
     """The model that the settings ask for, its tokenizer, its folder, and a line of facts."""
-    require(model != "out" or Path("out").exists(), "there is no model in out yet: run python train.py first")
+    require(model != "out" or Path("out").exists(),
+            "there is no model in out yet: run python train.py first")
     folder, target = find_model(model), choose_device(device)
     name = dtype
     if dtype == "auto":  # reading the weights is what takes the time of one sequence
@@ -207,9 +214,11 @@ def load():
         name = "bfloat16" if small else "float16" if target.type == "cuda" else "float32"
     llama = load_model(folder).eval().to(target, getattr(torch, name))
     if compile:
-        llama.decode = torch.compile(llama.decode, mode="reduce-overhead" if target.type == "cuda" else None)
+        mode = "reduce-overhead" if target.type == "cuda" else None
+        llama.decode = torch.compile(llama.decode, mode=mode)
     parameters = sum(p.numel() for p in llama.parameters())
-    return llama, prepare.load_tokenizer(folder), folder, f"{folder}: {parameters:,} parameters, {target}, {name}"
+    facts = f"{folder}: {parameters:,} parameters, {target}, {name}"
+    return llama, prepare.load_tokenizer(folder), folder, facts
 
 
 def main():
@@ -229,7 +238,7 @@ def main():
     ids = prompt_ids(tokenizer, text, llama)
     print(f"{facts}; seed {seed}, {len(ids)} tokens of prompt", file=sys.stderr)
     if len(ids) + max_new_tokens > llama.config.max_position_embeddings:
-        print("note: past the model's context, each text goes on from its last half", file=sys.stderr)
+        print("note: past the context, each text goes on from its last half", file=sys.stderr)
 
     # the first sample appears as it is made, the others when they are whole
     show = prepare.printable if sys.stdout.isatty() else str

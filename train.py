@@ -1,14 +1,15 @@
 """
-Train SmolLM2-135M, or a small model of its kind, from scratch. A checkpoint is a Hugging Face folder.
+Train SmolLM2-135M, or a small model of its kind. Each checkpoint is a Hugging Face model folder.
 
-$ python train.py                                     # the small model: two minutes on two CPU cores
-$ python train.py --max_iters=1000                    # any setting below can be given like this
-$ python train.py --size=135m --data_dir=data-web     # SmolLM2-135M, on what prepare.py made of a text
-$ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --data_dir=data-tuned  # fine-tune it
-$ torchrun --standalone --nproc_per_node=8 train.py   # eight GPUs: the same batches, the same losses
+$ python train.py                                    # the small model: minutes on two CPU cores
+$ python train.py --max_iters=1000                   # any setting below can be given like this
+$ python train.py --size=135m --data_dir=data-web    # SmolLM2-135M, on what prepare.py made
+$ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --data_dir=data-tuned    # fine-tune it
+$ torchrun --standalone --nproc_per_node=8 train.py  # eight GPUs: the same batches and losses
 
 Ctrl-C saves and ends; the same command goes on from there.
 """
+import contextlib
 import csv
 import ctypes
 import json
@@ -19,12 +20,13 @@ import shutil
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace while torch loads
 
 import numpy as np
 import torch
@@ -59,7 +61,7 @@ rope_theta = 100_000.0           # base of the rotary embedding
 norm_eps = 1e-5                  # added inside RMSNorm
 dropout = 0.0                    # on the embedding and on both branches of a layer
 # data
-data_dir = "data"                # what prepare.py wrote; if there is no "data", input.txt is prepared
+data_dir = "data"                # what prepare.py wrote; "data" is made of input.txt if missing
 block_size = 128                 # tokens in a sequence
 batch_size = 16                  # sequences in a micro-batch, at most
 gradient_accumulation_steps = 1  # times batch_size: sequences in an iteration, over all processes
@@ -84,19 +86,21 @@ gradient_checkpointing = False   # recompute layers in the backward pass: less m
 deterministic = False            # bit-exact resume on GPUs too; slower
 
 # ------------------------------------------------------- what --size and --init_from lay over it
-RECIPE = dict(  # of SmolLM2 (arXiv:2502.02737), scaled to half a million tokens an iteration
-    block_size=2048, batch_size=16, gradient_accumulation_steps=16, optimizer="adamw", max_iters=10_000,
-    learning_rate=3e-3, weight_decay=0.1, beta2=0.95, eval_interval=250, vocab_size=49152)
+RECIPE = dict(  # of SmolLM2 (arXiv:2502.02737), at half a million tokens an iteration
+    vocab_size=49152, block_size=2048, batch_size=16, gradient_accumulation_steps=16,
+    optimizer="adamw", max_iters=10_000, learning_rate=3e-3, weight_decay=0.1, beta2=0.95,
+    eval_interval=250)
 SIZES = {
     "tiny": {},
     "135m": RECIPE | dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, intermediate_size=1536),
     "360m": RECIPE | dict(n_layer=32, n_head=15, n_kv_head=5, n_embd=960, intermediate_size=2560,
                           batch_size=8, gradient_accumulation_steps=32),
     "1.7b": RECIPE | dict(n_layer=24, n_head=32, n_kv_head=32, n_embd=2048, intermediate_size=8192,
-                          rope_theta=1.3e5, batch_size=4, gradient_accumulation_steps=64, learning_rate=5e-4),
+                          batch_size=4, gradient_accumulation_steps=64, learning_rate=5e-4,
+                          rope_theta=130_000.0),
 }
-FINE_TUNING = dict(batch_size=4, gradient_accumulation_steps=4, optimizer="adamw", learning_rate=1e-4,
-                   weight_decay=0.1, beta2=0.95)
+FINE_TUNING = dict(optimizer="adamw", learning_rate=1e-4, weight_decay=0.1, beta2=0.95,
+                   batch_size=4, gradient_accumulation_steps=4)
 SHAPE = dict(  # what config.json calls the settings of the shape
     n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
     n_embd="hidden_size", intermediate_size="intermediate_size", vocab_size="vocab_size",
@@ -111,7 +115,8 @@ def presets(flags):
         return SIZES[name]
     config = read_config(find_model(source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
-    return SIZES[name] | FINE_TUNING | shape | {"block_size": min(512, config.max_position_embeddings)}
+    shape["block_size"] = min(512, config.max_position_embeddings)
+    return SIZES[name] | FINE_TUNING | shape
 
 
 def check_settings():
@@ -119,15 +124,15 @@ def check_settings():
     def rule(name, good, text):
         require(good, f"--{name}={globals()[name]} must be {text}")
 
-    for name in ("n_layer n_head n_kv_head n_embd intermediate_size rope_theta block_size batch_size "
-                 "gradient_accumulation_steps eval_interval log_interval").split():
+    for name in ("n_layer n_head n_kv_head n_embd intermediate_size rope_theta block_size "
+                 "batch_size gradient_accumulation_steps eval_interval log_interval").split():
         rule(name, globals()[name] >= 1, "1 or more")
     for name in ("dropout", "beta1", "beta2"):
         rule(name, globals()[name] < 1, "below 1")
-    rule("optimizer", optimizer in ("adamw", "muon"), "adamw or muon")
-    rule("schedule", schedule in ("cosine", "wsd"), "cosine or wsd")
-    rule("dtype", dtype in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16")
-    rule("compile", compile in ("auto", "true", "false"), "auto, true or false")
+    for name, choices in (("optimizer", "adamw muon"), ("schedule", "cosine wsd"),
+                          ("compile", "auto true false"),
+                          ("dtype", "auto float32 bfloat16 float16")):
+        rule(name, globals()[name] in choices.split(), choices.replace(" ", " or "))
     rule("n_head", n_head % n_kv_head == 0, f"a multiple of --n_kv_head={n_kv_head}")
     rule("warmup_iters", warmup_iters <= max_iters, f"at most --max_iters={max_iters}")
     rule("min_lr", min_lr <= learning_rate, f"at most --learning_rate={learning_rate}")
@@ -193,21 +198,25 @@ class Block(nn.Module):
 
 
 def slice_loss(x, weight, targets):
-    """Summed cross-entropy, in nats, of logits x @ weight.T (N, V) on targets (N,); -1 do not count."""
+    """Summed cross-entropy (nats) of logits x @ weight.T (N, V) and targets (N,), but for -1."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
 
+LOGITS_AT_ONCE = 2 ** 25  # 128 MiB of them; those of a whole batch would take gigabytes
+
+
 class SlicedLoss(torch.autograd.Function):
-    """slice_loss by slices of rows, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
+    """slice_loss, slice by slice, with the gradients at once (Liger Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, slice_loss):
-        most = 2 ** 27 if x.is_cuda else 2 ** 25  # logits in a slice; those of all rows take gigabytes
+        most = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
         slices = math.ceil(len(x) * len(weight) / most)
         rows = 128 * math.ceil(len(x) / slices / 128)
-        training, total = ctx.needs_input_grad[0], 0.0
+        training = ctx.needs_input_grad[0]
         x = x.detach().requires_grad_(training)
         weight = weight.detach().requires_grad_(training)
+        total = 0.0
         with torch.set_grad_enabled(training):
             for part, wanted in zip(x.split(rows), targets.split(rows)):
                 loss = slice_loss(part, weight, wanted)
@@ -224,52 +233,60 @@ class SlicedLoss(torch.autograd.Function):
 
 
 class Llama(nn.Module):
-    """Hugging Face's LlamaForCausalLM, tensor for tensor; `config` holds what its config.json does."""
+    """Hugging Face's LlamaForCausalLM, tensor for tensor; `config` is what config.json holds."""
 
     def __init__(self, config, dropout=0.0):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers)),
-            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
+            "layers": nn.ModuleList(
+                Block(config, dropout) for _ in range(config.num_hidden_layers)),
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.gradient_checkpointing = False
-        self.slice_loss, self.decode = slice_loss, self.last_logits  # compiled forms may replace them
+        self.slice_loss = slice_loss  # compiled forms may take the place of these two
+        self.decode = self.last_logits
 
-        # rotary position embedding (RoFormer, arXiv:2104.09864): channels i and i + head_dim / 2 turn together
+        # rotary embedding (RoFormer, arXiv:2104.09864): channels i and i + head_dim / 2 turn
         frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
         angle = torch.outer(torch.arange(config.max_position_embeddings), frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos(), persistent=False)  # (positions, head_dim)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-        # what the layers add up is drawn smaller, so that the sum keeps its size (GPT-2); norms stay at 1
+        # what the layers add up is drawn smaller, so that the sum keeps its size (GPT-2)
         for name, p in self.named_parameters():
-            summands = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-            if p.dim() == 2:
-                nn.init.normal_(p, std=config.initializer_range / math.sqrt(summands))
+            std = config.initializer_range
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * config.num_hidden_layers)
+            if p.dim() == 2:  # the norms stay at 1
+                nn.init.normal_(p, std=std)
 
     def head(self):
-        """The matrix (V, C) that makes logits: the embedding itself where the two are tied."""
-        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+        """The matrix (V, C) that makes logits: the embedding's own where the two are tied."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def hidden(self, tokens, cache=None, places=None):
-        """What the head sees (B, T, C) of tokens (B, T). With a cache they stand at `places` (T,) in it."""
+        """What the head sees (B, T, C) of tokens (B, T), at `places` (T,) if there is a cache."""
         x = self.dropout(self.model.embed_tokens(tokens))
         if cache is None:
-            mask, cos, sin = None, self.cos[:x.shape[1]], self.sin[:x.shape[1]]
             cache = [None] * len(self.model.layers)
+            mask = None
+            places = torch.arange(tokens.shape[1], device=x.device)
         else:
             mask = places[:, None] >= torch.arange(cache[0].shape[3], device=x.device)
-            cos, sin = self.cos[places], self.sin[places]
-        context = cos.to(x.dtype), sin.to(x.dtype), mask
+        cos = self.cos[places].to(x.dtype)
+        sin = self.sin[places].to(x.dtype)
         for layer, kept in zip(self.model.layers, cache):
             if self.gradient_checkpointing and self.training:
-                x = recomputed(layer, x, *context, use_reentrant=False)
+                x = recomputed(layer, x, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, *context, kept, places)
+                x = layer(x, cos, sin, mask, kept, places)
         return self.model.norm(x)
 
     def forward(self, tokens):
@@ -277,7 +294,7 @@ class Llama(nn.Module):
         return F.linear(self.hidden(tokens), self.head())
 
     def loss(self, tokens, targets):
-        """Summed loss, in nats, of targets (B, T) after tokens (B, T); targets of -1 do not count."""
+        """Summed loss (nats) of predicting targets (B, T) from tokens (B, T); -1 do not count."""
         x = self.hidden(tokens).flatten(0, 1)
         return SlicedLoss.apply(x, self.head(), targets.flatten(), self.slice_loss)
 
@@ -287,11 +304,13 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, max_new_tokens, choose):
-        """Yield the ids (B, 1), picked by choose(logits (B, V), tokens), that go on tokens (B, T), one place
-        after the other. When all positions are used, the last half of them is kept as the context."""
-        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        """
+        Yield the ids (B, 1) that go on tokens (B, T), place by place, each as picked by
+        choose(logits (B, V), tokens). When the context is full, its last half is kept.
+        """
         limit = min(self.config.max_position_embeddings, tokens.shape[1] + max_new_tokens)
-        cache = [self.head().new_zeros(2, len(tokens), heads, limit, head_dim) for _ in self.model.layers]
+        shape = (2, len(tokens), self.config.num_key_value_heads, limit, self.config.head_dim)
+        cache = [self.head().new_zeros(shape) for _ in self.model.layers]
         new, position = tokens, 0
         for _ in range(max_new_tokens):
             if position + new.shape[1] > limit:
@@ -299,7 +318,10 @@ class Llama(nn.Module):
             places = torch.arange(position, position + new.shape[1], device=tokens.device)
             position += new.shape[1]
             step = self.decode if new.shape[1] == 1 else self.last_logits
-            new = choose(step(new, cache, places).float(), tokens)
+            # products of a single row are nearly twice as fast without oneDNN
+            with torch.backends.mkldnn.flags(enabled=new.numel() > 1, allow_tf32=None):
+                logits = step(new, cache, places)
+            new = choose(logits.float(), tokens)
             tokens = torch.cat((tokens, new), dim=1)
             yield new
 
@@ -310,7 +332,7 @@ MUON_SHARE = 0.6  # of learning_rate
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonal momentum (Jordan, 2024), its updates of the size of AdamW's (arXiv:2502.16982)."""
+    """Orthogonal momentum (Jordan, 2024), of the size of AdamW's updates (arXiv:2502.16982)."""
 
     @torch.no_grad()
     def step(self):
@@ -319,14 +341,14 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - MOMENTUM)
-                updates.append(p.grad.lerp(momentum, MOMENTUM))  # Nesterov's
+                updates.append(p.grad.lerp(momentum, MOMENTUM))  # as Nesterov does
             for p, update in zip(group["params"], orthogonal(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * weight_decay)
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonal(matrices):
-    """Matrices (n, rows, columns) with their singular values brought near 1: five Newton-Schulz steps."""
+    """Matrices (n, rows, columns), their singular values brought near 1 by Newton-Schulz steps."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -339,32 +361,37 @@ def orthogonal(matrices):
 
 def make_optimizers(model):
     """[AdamW], or [AdamW for embedding and norms, Muon for the layers' matrices]."""
-    named = list(model.named_parameters())
-    norms = [p for _, p in named if p.dim() == 1]
-    tables = [p for name, p in named if p.dim() == 2 and ".layers." not in name]
-    matrices = [p for name, p in named if p.dim() == 2 and ".layers." in name]
-    if len(norms) + len(tables) + len(matrices) != len(named):
-        raise ValueError("make_optimizers leaves out a parameter")
-    adamw_matrices = tables + matrices if optimizer == "adamw" else tables
-    groups = [{"params": adamw_matrices}, {"params": norms, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
+    decayed, norms, matrices = [], [], defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            norms.append(p)
+        elif p.dim() == 2 and optimizer == "muon" and ".layers." in name:
+            matrices[p.shape].append(p)
+        elif p.dim() == 2:
+            decayed.append(p)
+        else:
+            raise ValueError(f"no optimizer is chosen for {name}, of shape {tuple(p.shape)}")
+    groups = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, learning_rate, (beta1, beta2),
+                              weight_decay=weight_decay, fused=True)
     if optimizer == "adamw":
         return [adamw]
-    by_shape = [[p for p in matrices if p.shape == shape] for shape in dict.fromkeys(p.shape for p in matrices)]
-    return [adamw, Muon([{"params": stack, "share": MUON_SHARE} for stack in by_shape], {})]
+    stacks = [{"params": stack, "share": MUON_SHARE} for stack in matrices.values()]
+    return [adamw, Muon(stacks, {"lr": learning_rate})]
 
 
 def learning_rate_at(iteration):
-    """The rate of the update that follows `iteration` others: up in warmup_iters, then down to min_lr."""
+    """The rate of the update that follows `iteration` others: warm-up, then down to min_lr."""
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if iteration >= lr_decay_iters:
         return min_lr
-    rest, all_rest = lr_decay_iters - iteration, lr_decay_iters - warmup_iters
+    left = lr_decay_iters - iteration
+    all_left = lr_decay_iters - warmup_iters
     if schedule == "cosine":
-        share = 0.5 - 0.5 * math.cos(math.pi * rest / all_rest)
+        share = 0.5 - 0.5 * math.cos(math.pi * left / all_left)
     else:  # warm-up, stable, decay (arXiv:2404.06395)
-        share = min(1, rest / min(lr_decay_iters / 5, all_rest))
+        share = min(1, left / min(lr_decay_iters / 5, all_left))
     return min_lr + share * (learning_rate - min_lr)
 
 
@@ -372,49 +399,54 @@ def learning_rate_at(iteration):
 ONLY = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
 
 
-def checkpoints(out_dir):
-    """The checkpoints of a run, the newest last."""
-    return sorted(Path(out_dir).glob("step-*"))
+def checkpoints(folder):
+    """The checkpoints in an out folder, the newest last."""
+    return sorted(Path(folder).glob("step-*"))
 
 
 def val_loss(checkpoint):
-    """The validation loss in its run.json; inf if it was saved without an evaluation."""
+    """The validation loss of a checkpoint; inf if it was saved without an evaluation."""
     file = checkpoint / "run.json"
     loss = read_json(file)["val_loss"] if file.exists() else None
     return math.inf if loss is None else loss
 
 
 def find_model(name):
-    """The model folder that is meant: the best of an out folder, a folder, or the copy of a hub's."""
+    """The model folder that is meant: an out folder's best, a folder, or a copy from the hub."""
     if checkpoints(name):
         return min(reversed(checkpoints(name)), key=val_loss)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    with explained(f"{name} is no folder here, and the hub has no such model to give", Exception):
+    with explained(f"{name} is no folder here, and the hub gives no such model", Exception):
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def read_config(folder):
-    """config.json of a Hugging Face Llama; what it asks for and this model lacks is refused by name."""
+    """config.json of a Hugging Face Llama; what this model lacks is refused by name."""
     file = Path(folder, "config.json")
     config = {key: value for key, value in read_json(file).items() if value is not None}
     config |= config.get("rope_parameters", {})  # where transformers 5 keeps rope_theta
     for key, known in (ONLY | {"rope_scaling": None, "rope_type": "default"}).items():
-        require(config.get(key, known) == known, f"{file}: {key}={config.get(key)} is not known here")
-    config = {"num_key_value_heads": config.get("num_attention_heads"), "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-              "initializer_range": 0.02, "tie_word_embeddings": False, "eos_token_id": None} | config
-    for key in (*SHAPE.values(), "max_position_embeddings"):
-        good = isinstance(config.get(key), (int, float)) and config[key] > 0
-        require(good, f"{file}: {key}={config.get(key)} is not a number above 0")
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    known = (*ONLY, *SHAPE.values(), *"max_position_embeddings head_dim initializer_range tie_word_embeddings eos_token_id".split())
-    return SimpleNamespace(**{key: config[key] for key in known})
+        found = config.get(key, known)
+        require(found == known, f"{file}: {key}={found} is not known here, only {known}")
+    heads = config.get("num_attention_heads")
+    config = {"num_key_value_heads": heads, "rope_theta": 1e4, "rms_norm_eps": 1e-6} | config
+    numbers = {key: config.get(key) for key in (*SHAPE.values(), "max_position_embeddings")}
+    for key, value in numbers.items():
+        good = isinstance(value, (int, float)) and value > 0
+        require(good, f"{file}: {key}={value} is not a number above 0")
+    return SimpleNamespace(
+        **ONLY, **numbers, head_dim=config.get("head_dim", config["hidden_size"] // heads),
+        initializer_range=config.get("initializer_range", 0.02),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        eos_token_id=config.get("eos_token_id"))
 
 
 def load_model(folder, dropout=0.0):
     """The Llama of a Hugging Face folder, in float32 on the CPU."""
-    model, weights = Llama(read_config(folder), dropout), {}
+    model = Llama(read_config(folder), dropout)
+    weights = {}
     with explained(f"{folder} is damaged or incomplete", OSError, SafetensorError, RuntimeError):
         for file in Path(folder).glob("*.safetensors"):
             weights |= load_file(file)
@@ -427,39 +459,47 @@ def load_model(folder, dropout=0.0):
 def save_checkpoint(model, data, run, optimizers, machine):
     """Write out_dir/step-<iteration>, whole or not at all; keep only the newest and the best."""
     path, tmp = Path(out_dir, f"step-{run.iteration:07d}"), Path(out_dir, "tmp")
-    require(all(p.isfinite().all() for p in model.parameters()), f"the weights after {run.iteration:,} iterations "
-            "are not finite, and not saved: run again with a lower --learning_rate")
+    finite = all(p.isfinite().all() for p in model.parameters())
+    require(finite, f"the weights at iteration {run.iteration:,} are not finite, and not saved: "
+                    "run again with a lower --learning_rate")
     ids = {"bos_token_id": data.start[0], "eos_token_id": data.eot}
-    words = {key[:-3]: data.tokenizer.id_to_token(token) for key, token in ids.items()}
-    files = {"config": vars(model.config) | ids | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"},
-             "generation_config": ids, "tokenizer_config": words | {"tokenizer_class": "PreTrainedTokenizerFast"},
-             "run": {"iteration": run.iteration, "val_loss": run.val_loss, "wandb_id": run.wandb_id,
-                     "settings": prepare.settings_of(globals()), "data": data.meta}}
+    words = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
+    llama = {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    texts = {
+        "config": vars(model.config) | ids | llama,
+        "generation_config": ids,
+        "tokenizer_config": words | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "run": {"iteration": run.iteration, "val_loss": run.val_loss, "wandb_id": run.wandb_id,
+                "settings": prepare.settings_of(globals()), "data": data.meta},
+    }
     trainer = {"run": vars(run), "scaler": machine.scaler.state_dict(),
                "optimizers": [one.state_dict()["state"] for one in optimizers]}
-    with explained(f"cannot save {path} (those before it are whole)", OSError, RuntimeError, SafetensorError):
+
+    problem = f"cannot save {path}, those before it are whole"
+    with explained(problem, OSError, RuntimeError, SafetensorError):
         shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
         tmp.mkdir()
-        for name, values in files.items():
+        for name, values in texts.items():
             (tmp / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
         data.tokenizer.save(str(tmp / "tokenizer.json"))
         save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
-        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # save_file hides it from others
+        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # save_file hides it
         with open(tmp / "trainer.pt", "wb") as file:
             torch.save(trainer, file)
         flush(*tmp.iterdir(), tmp)
-        if path.exists():  # these weights were saved by a stop, before they were evaluated
+        if path.exists():  # a stop saved these weights before they were evaluated
             for file in tmp.iterdir():
                 file.replace(path / file.name)
         else:
             tmp.rename(path)
         flush(out_dir)
-        for old in {*checkpoints(out_dir)[:-1]} - {find_model(out_dir)}:
-            shutil.rmtree(old.rename(tmp))  # renamed first: no step- folder is ever there in part
+        for old in checkpoints(out_dir)[:-1]:
+            if old != find_model(out_dir):
+                shutil.rmtree(old.rename(tmp))  # renamed first: no step- folder is there in part
 
 
 def flush(*paths):
-    """Bring files, and folders' lists of files, to the disk itself, where the file system can."""
+    """Bring files, and folders' lists of files, to the disk itself, where the system can."""
     for path in paths if os.name == "posix" else ():
         file = os.open(path, os.O_RDONLY)
         with tolerated("flushing to the disk", OSError):
@@ -470,8 +510,10 @@ def flush(*paths):
 # -------------------------------------------------------------------------------------- machine
 def choose_device(name):
     """The torch.device that --device names, once it has been seen to work."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with explained(f"--device={name} cannot be used here, --device={best} can", RuntimeError, AssertionError):
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
+    problem = f"--device={name} cannot be used here, --device={best} can"
+    with explained(problem, RuntimeError, AssertionError):
         return torch.zeros(1, device=best if name == "auto" else name).device
 
 
@@ -483,36 +525,40 @@ def has_bfloat16(device):
 
 
 def set_up_machine():
-    """What to compute on: device, autocast, scaler, rank, world (processes), micro_batch (sequences)."""
-    chosen, (rank, world) = choose_device(device), prepare.process_rank()
-    cuda, gpus = chosen.type == "cuda", torch.cuda.device_count()
+    """What to compute on: device, dtype, autocast, scaler, rank, world, micro_batch (sequences)."""
+    rank, world = prepare.process_rank()
+    chosen = choose_device(device)
+    cuda = chosen.type == "cuda"
     if cuda and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        require(chosen.index < gpus, f"there are {gpus} GPUs: give --nproc_per_node={gpus}, or --device=cpu")
+        gpus = torch.cuda.device_count()
+        require(chosen.index < gpus, f"--nproc_per_node={gpus} is the most for {gpus} GPUs")
         torch.cuda.set_device(chosen)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     torch.use_deterministic_algorithms(deterministic)
+    if chosen.type == "cpu":
+        keep_freed_memory()
 
     name = dtype
     if dtype == "auto":  # CPUs gain from bfloat16 only with wide models
         fast = has_bfloat16(chosen) and (cuda or n_embd >= 512)
         name = "bfloat16" if fast else "float16" if cuda else "float32"
     sequences = batch_size * gradient_accumulation_steps
-    require(sequences % world == 0, f"{world} processes cannot share the {sequences} sequences of --batch_size "
-                                    "times --gradient_accumulation_steps equally")
+    require(sequences % world == 0, f"{world} processes cannot share {sequences} sequences: "
+                                    "change --batch_size or --gradient_accumulation_steps")
     micro_batch = min(batch_size, sequences // world)
-    if chosen.type == "cpu":  # more than 4,096 tokens at once are no faster there, and take gigabytes
+    if chosen.type == "cpu":  # more than 4,096 tokens at once are no faster, and take gigabytes
         micro_batch = min(micro_batch, max(1, 4096 // block_size))
-        keep_freed_memory()
-    return SimpleNamespace(device=chosen, rank=rank, world=world, micro_batch=micro_batch, dtype=name,
-                           autocast=torch.autocast(chosen.type, getattr(torch, name), name != "float32"),
-                           scaler=torch.amp.GradScaler(chosen.type, 4096.0, enabled=name == "float16"))
+    return SimpleNamespace(
+        device=chosen, dtype=name, rank=rank, world=world, micro_batch=micro_batch,
+        autocast=torch.autocast(chosen.type, getattr(torch, name), enabled=name != "float32"),
+        scaler=torch.amp.GradScaler(chosen.type, 4096.0, enabled=name == "float16"))
 
 
 def keep_freed_memory():
-    """Let glibc keep what is freed: to get it anew from the kernel took a tenth of an iteration."""
+    """Let glibc keep what is freed: to get it anew from the kernel took a tenth of the time."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -529,8 +575,7 @@ def compile_model(model, machine):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=machine.device))
     except Exception as error:  # of a compiler, a driver, a cache folder: they share no kind
-        say(f"warning: not compiled, so slower: {' '.join(str(error).split())[:200]}")
-        return
+        return say(f"warning: not compiled, so slower: {' '.join(str(error).split())[:200]}")
     for layer in model.model.layers:
         layer.compile(dynamic=False)  # they share the code of the first
     model.slice_loss = torch.compile(slice_loss, dynamic=False)
@@ -549,6 +594,7 @@ def total(number, machine):
 @dataclass
 class Run:
     """How far a run has come."""
+
     iteration: int = 0
     sequences: int = 0  # trained on so far; the next batch begins after them
     val_loss: float = None  # of the weights as they are, if they were evaluated
@@ -563,35 +609,38 @@ class Run:
 
 
 def find_start():
-    """(model folder or None, run.json of the run to resume or {}): what --init_from means here."""
+    """(model folder or None, run.json of the run to resume or {}): what init_from means here."""
     saved = checkpoints(out_dir)
-    require(saved or init_from != "resume", f"--init_from=resume, but {out_dir} holds no run")
+    require(saved or init_from != "resume", f"{out_dir} holds no run: leave out --init_from=resume")
     require(not saved or init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
     if not saved:
         return None if init_from in ("auto", "scratch") else find_model(init_from), {}
     file = saved[-1] / "run.json"
-    require(file.exists(), f"an older train.py made {saved[-1]}: it can be sampled, or trained further by "
+    require(file.exists(), f"an older train.py made {saved[-1]}: sample it, or train it further by "
                            f"--init_from={out_dir} --out_dir=NEW")
     return saved[-1], read_json(file)
 
 
 def open_data(source):
-    """The Data of data_dir, made of input.txt if the default is missing; it must fit the model in `source`."""
+    """The Data of data_dir, made of input.txt if the default is missing; it must fit `source`."""
     if not Path(data_dir).exists():
-        require(data_dir == "data" and prepare.process_rank()[1] == 1,
-                f"there is no {data_dir}: run python prepare.py --input=TEXT --data_dir={data_dir} first")
+        alone = prepare.process_rank()[1] == 1
+        require(data_dir == "data" and alone, f"there is no {data_dir}: run python prepare.py "
+                                              f"--input=TEXT --data_dir={data_dir} first")
         prepare.prepare(tokenizer=str(source or "bpe"))
     data = Data(data_dir)
     tokenizer = prepare.load_tokenizer(source) if source else data.tokenizer
-    require(prepare.fingerprint(tokenizer) == prepare.fingerprint(data.tokenizer), f"{data_dir} has another "
-            f"tokenizer than {source}: run python prepare.py --tokenizer={source} --data_dir=NEW for it")
+    require(prepare.fingerprint(tokenizer) == prepare.fingerprint(data.tokenizer),
+            f"{data_dir} has another tokenizer than {source}: run python prepare.py "
+            f"--tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
     tokens = data.meta["train_tokens"]
-    require(tokens >= 2 * block_size, f"{data_dir} has {tokens:,} tokens: lower --block_size={block_size}")
+    require(tokens >= 2 * block_size,
+            f"{data_dir} has only {tokens:,} tokens to train on: lower --block_size={block_size}")
     return data
 
 
 def settle(before, data):
-    """Work out the settings that are -1 or 0; refuse what differs from the run before, if there is one."""
+    """Work out the settings at -1 or 0; refuse what differs from the run that is resumed."""
     global vocab_size, warmup_iters, lr_decay_iters, min_lr
     old = before.get("settings", {})
     if vocab_size == 0:
@@ -607,11 +656,13 @@ def settle(before, data):
     changed = {key: value for key, value in old.items() if now.get(key, value) != value}
     if {init_from, changed.get("init_from")} <= {"auto", "scratch", "resume"}:
         del changed["init_from"]
-    wrong = [f"--{key}={changed[key]}" for key in ("init_from", "size", *SHAPE, "optimizer") if key in changed]
-    if "init_from" in changed or "size" in changed:
+    wrong = [key for key in ("init_from", "size", *SHAPE, "optimizer") if key in changed]
+    if wrong and wrong[0] in ("init_from", "size"):
         wrong = wrong[:1]  # the rest may follow from it
-    require(not wrong, f"{out_dir} holds another run: add {' '.join(wrong)}, or choose another --out_dir")
-    require(before.get("data", data.meta) == data.meta or "data_dir" in changed,
+    flags = " ".join(f"--{key}={changed[key]}" for key in wrong)
+    require(not wrong, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
+    same_text = before.get("data", data.meta) == data.meta
+    require(same_text or "data_dir" in changed,
             f"{data_dir} is not the text that the run in {out_dir} began with: prepare that again, "
             f"or go on from its weights by --init_from={out_dir} --out_dir=NEW")
     for key, value in changed.items():
@@ -619,32 +670,35 @@ def settle(before, data):
 
 
 def make_model(source, data):
-    """The Llama of a model folder, or a new one; what it saves stops at the data's end of text."""
+    """The Llama of a model folder, or a new one. What it saves stops at the data's end of text."""
     torch.manual_seed(seed)
     if source:
         model = load_model(source, dropout)
     else:
-        require(n_embd % (2 * n_head) == 0, f"--n_embd={n_embd} must be a multiple of 2 x --n_head={n_head}")
+        even = n_embd % (2 * n_head) == 0
+        require(even, f"--n_embd={n_embd} must be a multiple of 2 x --n_head={n_head}")
         shape = {theirs: globals()[ours] for ours, theirs in SHAPE.items()}
         model = Llama(SimpleNamespace(
-            **ONLY, **shape, head_dim=n_embd // n_head, initializer_range=n_embd ** -0.5,
-            max_position_embeddings=block_size, tie_word_embeddings=True), dropout)
+            **ONLY, **shape, head_dim=n_embd // n_head, max_position_embeddings=block_size,
+            initializer_range=n_embd ** -0.5, tie_word_embeddings=True), dropout)
     for ours, theirs in SHAPE.items():
-        asked, value = globals()[ours], getattr(model.config, theirs)
-        require(asked == value, f"{source} has {ours}={value}: leave out what sets it to {asked}")
+        value = getattr(model.config, theirs)
+        require(globals()[ours] == value,
+                f"{source} has {ours}={value}: leave out what sets it to {globals()[ours]}")
     most = model.config.max_position_embeddings
-    require(vocab_size >= data.meta["vocab_size"], f"--vocab_size={vocab_size} is below that of {data_dir}")
-    require(block_size <= most, f"--block_size={block_size} is over the model's {most:,} positions")
+    require(block_size <= most, f"--block_size={block_size} is over the model's {most:,}")
+    require(vocab_size >= data.meta["vocab_size"],
+            f"--vocab_size={vocab_size} is below the {data.meta['vocab_size']:,} of {data_dir}")
     model.config.eos_token_id = data.eot
     model.gradient_checkpointing = gradient_checkpointing
     return model
 
 
 def restore(source, optimizers, machine):
-    """The Run of a checkpoint, its optimizers and scaler put back as they were."""
-    with explained(f"{source}/trainer.pt is damaged: move {source} away to go on from an older checkpoint",
-                   OSError, RuntimeError, pickle.UnpicklingError):
-        trainer = torch.load(source / "trainer.pt", machine.device, weights_only=True)  # it runs no code
+    """The Run of a checkpoint; puts its optimizers and scaler back as they were."""
+    problem = f"{source}/trainer.pt is damaged: move {source} away to go on from one before it"
+    with explained(problem, OSError, RuntimeError, pickle.UnpicklingError):
+        trainer = torch.load(source / "trainer.pt", machine.device, weights_only=True)  # no code
     for one, state in zip(optimizers, trainer["optimizers"]):
         one.load_state_dict(one.state_dict() | {"state": state})
     machine.scaler.load_state_dict(trainer["scaler"])
@@ -659,18 +713,20 @@ def report(flags, model, data, run, machine, source):
     parameters = sum(p.numel() for p in model.parameters())
     sequences = batch_size * gradient_accumulation_steps
     epochs = max_iters * sequences * block_size / data.meta["train_tokens"]
-    say(f"""
-device     {machine.world} x {machine.device}, {machine.dtype}
-model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters, from {source or "scratch"}
-data       {data_dir}: {data.meta["train_tokens"]:,} tokens, {data.meta["val_tokens"]:,} for validation
-iteration  {sequences:,} x {block_size:,} tokens, {machine.micro_batch} sequences at a time
-optimizer  {optimizer}, up to {learning_rate:g} in {warmup_iters}, {schedule} to {min_lr:g} at {lr_decay_iters:,}
-run        iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs, into {out_dir}""".lstrip())
+    say(f"device     {machine.world} x {machine.device}, {machine.dtype}")
+    say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
+    say(f"data       {data_dir}: {data.meta['train_tokens']:,} tokens, "
+        f"{data.meta['val_tokens']:,} for validation")
+    say(f"iteration  {sequences:,} x {block_size:,} tokens, {machine.micro_batch} x at a time")
+    say(f"optimizer  {optimizer}, {warmup_iters} iterations up to {learning_rate:g}, "
+        f"{schedule} to {min_lr:g}")
+    say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,} "
+        f"({epochs:.1f} epochs), from {source or 'scratch'}")
 
 
 def start_wandb(run):
     """Begin a run of Weights & Biases, or go on with the one that this run had before."""
-    with explained("--wandb_log=true needs Weights & Biases: pip install wandb", ImportError):
+    with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
         import wandb
     wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow",
                config=prepare.settings_of(globals()))
@@ -678,12 +734,13 @@ def start_wandb(run):
 
 
 def write_log(rows):
-    """Write log.csv anew, with every column that a row has; send the last row to Weights & Biases."""
+    """Write log.csv anew, with all columns that a row has; send wandb the last row."""
     columns = dict.fromkeys(key for row in rows for key in row)
-    with tolerated("writing log.csv", OSError), open(f"{out_dir}/log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with tolerated("writing log.csv", OSError):
+        with open(Path(out_dir, "log.csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     if wandb_log:
         import wandb
         wandb.log(rows[-1], step=rows[-1]["iter"])
@@ -694,28 +751,28 @@ def draw_curve(rows, data):
     from matplotlib.figure import Figure
     figure = Figure((7, 5), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
-    train = np.array([(row["iter"], row["train_loss"], row["lr"]) for row in rows if "lr" in row]).reshape(-1, 3).T
-    val = np.array([(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]).T
-    window = np.ones(1 + train.shape[1] // 20)
-    smooth = np.convolve(train[1], window, "same") / np.convolve(np.ones_like(train[1]), window, "same")
-    losses.plot(train[0], train[1], "tab:blue", alpha=0.25)
-    losses.plot(train[0], smooth, "tab:blue", label="training")
-    losses.plot(*val, "o-", color="tab:orange", markersize=3, label="validation")
-    at, best = val[:, val[1].argmin()]
-    losses.plot(at, best, "r*", markersize=12, label=f"best: {best:.4f} at {at:,.0f}")
-    rates.plot(train[0], train[2], "tab:gray")
 
-    losses.set(yscale="log", ylabel="nats per token", title=f"{size}, {n_layer} layers x {n_embd}, on {data_dir}")
-    for axis in losses.yaxis, :
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)  # bits per byte of a nat per token
-    right = losses.secondary_yaxis("right", functions=(lambda nats: nats * bits, lambda bpb: bpb / bits))
-    right.set_ylabel("validation: bits per byte")
-    losses.grid(alpha=0.3, which="both")
+    train = np.array([(row["iter"], row["train_loss"], row["lr"]) for row in rows if "lr" in row])
+    if len(train):
+        x, y, rate = train.T
+        window = np.ones(1 + len(x) // 20)
+        smooth = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
+        losses.plot(x, y, "tab:blue", alpha=0.25)
+        losses.plot(x, smooth, "tab:blue", label="training, smoothed")
+        rates.plot(x, rate, "tab:gray")
+    x, y = np.array([(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]).T
+    best = y.argmin()
+    losses.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
+    losses.plot(x[best], y[best], "r*", markersize=12, label=f"best: {y[best]:.4f}")
+
+    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)  # of a nat
+    right = losses.secondary_yaxis("right", (lambda y: y * bits, lambda y: y / bits))
+    right.set_ylabel("bits per byte, validation")
+    losses.set(title=f"{size}: {n_layer} layers x {n_embd}, on {data_dir}", ylabel="nats per token")
+    losses.grid(alpha=0.3)
     losses.legend()
-    rates.set(xlabel="iteration", ylabel="learning rate")
-    figure.savefig(f"{out_dir}/loss.png", dpi=120)
+    rates.set(ylabel="learning rate", xlabel="iteration")
+    figure.savefig(Path(out_dir, "loss.png"), dpi=120)
 
 
 def show_sample(model, data, iteration):
@@ -729,9 +786,10 @@ def show_sample(model, data, iteration):
 
     with torch.compiler.set_stance("force_eager"):
         ids = [new.item() for new in model.eval().generate(start, 100, choose)]
-    text = data.tokenizer.decode(ids[:ids.index(data.eot)] if data.eot in ids else ids)
+    if data.eot in ids:
+        ids = ids[:ids.index(data.eot)]
     say(f"--- iteration {iteration:,}, temperature {temperature} ".ljust(60, "-"))
-    say(f"{prepare.printable(text).strip()}\n{'-' * 60}")
+    say(prepare.printable(data.tokenizer.decode(ids)).strip() + "\n" + "-" * 60)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -739,17 +797,22 @@ stop_signals = []  # when they came
 
 
 def listen(run):
-    """Let Ctrl-C, SIGTERM and SIGHUP end the run after its iteration, and a second one at once."""
+    """Let Ctrl-C, SIGTERM and SIGHUP end the run after its iteration, a second one at once."""
+    alone = prepare.process_rank()[1] == 1
+
     def ask_to_stop(number, frame):
-        # torchrun repeats the Ctrl-C that its processes got themselves: soon after, it is the same one
-        if stop_signals and (prepare.process_rank()[1] == 1 or time.monotonic() > stop_signals[0] + 2):
+        # torchrun repeats the Ctrl-C that its processes got themselves: soon after, it is the same
+        if stop_signals and (alone or time.monotonic() > stop_signals[0] + 2):
             os._exit(128 + number)
         stop_signals.append(time.monotonic())
-        say(f"finishing iteration {run.iteration + 1:,}, then saving; Ctrl-C again quits at once")
+        doing = f"\nfinishing iteration {run.iteration + 1:,}, then saving; "
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            os.write(2, f"{doing}Ctrl-C again quits at once\n".encode())
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # nohup ignores it
-            signal.signal(getattr(signal, name), ask_to_stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, ask_to_stop)
 
 
 def to_device(arrays, machine):
@@ -759,49 +822,53 @@ def to_device(arrays, machine):
 
 @torch.no_grad()
 def evaluate(model, data, machine, split="val"):
-    """Columns of log.csv: the loss over a whole split in fixed windows. None if a signal came meanwhile."""
-    count, at_once, nats = data.meta[f"{split}_tokens"] - 1, machine.micro_batch, 0.0
+    """The loss over a whole split in fixed windows, as columns of log.csv; None if told to stop."""
+    count = data.meta[f"{split}_tokens"] - 1
+    at_once = machine.micro_batch
+    nats = 0.0
     model.eval()
     for first in range(0, math.ceil(count / block_size), at_once * machine.world):
         if total(len(stop_signals), machine):
             return None
         starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
+        inputs, targets = to_device(data.windows(split, starts, block_size), machine)
         with machine.autocast:
-            nats += model.loss(*to_device(data.windows(split, starts, block_size), machine)).item()
-    loss = total(nats, machine) / count
-    bytes_per_token = data.meta[f"{split}_bytes"] / count
-    return {f"{split}_loss": loss, f"{split}_bpb": loss / math.log(2) / bytes_per_token,
-            f"{split}_perplexity": math.exp(min(loss, 700))}
+            nats += model.loss(inputs, targets).item()
+    nats = total(nats, machine)
+    return {f"{split}_loss": nats / count,
+            f"{split}_bpb": nats / math.log(2) / data.meta[f"{split}_bytes"],
+            f"{split}_perplexity": math.exp(min(nats / count, 700))}
 
 
 def forward_backward(model, optimizers, inputs, targets, machine):
-    """The mean loss over all processes' tokens, and the norm of its gradient, left in the model, clipped."""
-    loss = torch.zeros((), device=machine.device)
+    """Put the clipped gradient of the mean loss into the model. Returns that loss and the norm."""
+    size, loss = machine.micro_batch, 0.0
     model.train().zero_grad()
     try:
-        for part, wanted in zip(inputs.split(machine.micro_batch), targets.split(machine.micro_batch)):
+        for part, wanted in zip(inputs.split(size), targets.split(size)):
             with machine.autocast:
                 part_loss = model.loss(part, wanted) / (targets.numel() * machine.world)
             machine.scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
+            loss = loss + part_loss.detach()
     except torch.OutOfMemoryError:
-        require(machine.micro_batch > 1, f"no memory for one sequence: lower --block_size={block_size}")
-        loss = None  # what follows must wait until this exception, and all that it holds, is gone
+        require(size > 1, f"no memory for one sequence: lower --block_size={block_size}")
+        loss = None  # to try again has to wait until this exception is gone, and all it holds
     if loss is None:
-        machine.micro_batch //= 2
-        say(f"out of memory: {machine.micro_batch} sequences at a time, the same tokens in an iteration")
+        machine.micro_batch = size // 2
+        say(f"out of memory: {size // 2} sequences at a time, the same tokens in an iteration")
         return forward_backward(model, optimizers, inputs, targets, machine)
 
-    for p in model.parameters() if machine.world > 1 else ():
-        dist.all_reduce(p.grad)
+    if machine.world > 1:
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
     for one in optimizers:
         machine.scaler.unscale_(one)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     return total(loss.item(), machine), norm.item()
 
 
-def step(optimizers, rate, machine):
-    """Update the weights, each group of them at its share of the learning rate."""
+def update(optimizers, rate, machine):
+    """Step the optimizers, each group of parameters at its share of the learning rate."""
     for one in optimizers:
         for group in one.param_groups:
             group["lr"] = rate * group.get("share", 1)
@@ -813,11 +880,10 @@ def is_due(iteration):
     return iteration % eval_interval == 0 or iteration >= max_iters
 
 
-def take_stock(model, data, run, optimizers, machine, bar):
-    """Evaluate, log, save and sample where that is due; save alone when asked to stop. Returns whether it was."""
+def take_stock(model, data, run, optimizers, machine):
+    """Evaluate, log, save and sample, or only save when told to stop. Returns whether told so."""
     scores = None
     if is_due(run.iteration) and run.val_loss is None:
-        bar.set_postfix_str("evaluating")
         scores = evaluate(model, data, machine)
     stopping = total(len(stop_signals), machine) > 0
     if scores:
@@ -846,7 +912,7 @@ def say_goodbye(run, began_at):
         kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
     if began_at >= max_iters:
-        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} adds iterations, at min_lr")
+        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} adds iterations")
     best = min((row for row in run.rows if "val_loss" in row), key=lambda row: row["val_loss"])
     say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
         f"sample it: python sample.py --model={out_dir}\n"
@@ -861,6 +927,7 @@ def main():
     if machine.rank == 0 and not eval_only:
         prepare.lock(out_dir)
     source, before = find_start()
+    require(source or not eval_only, f"--eval_only needs a run in {out_dir}, or --init_from=MODEL")
     data = open_data(source)
     settle(before, data)
 
@@ -870,19 +937,20 @@ def main():
     report(flags, model, data, run, machine, source)
     listen(run)
     compile_model(model, machine)
+    say(f"evaluating {data.meta['val_tokens']:,} tokens ...")
     if eval_only:
-        require(source, f"--eval_only: {out_dir} holds no run, and there is no --init_from=MODEL")
         return say(result_line(evaluate(model, data, machine)))
-    if machine.rank == 0 and wandb_log:
+    if wandb_log and machine.rank == 0:
         start_wandb(run)
 
     sequences = batch_size * gradient_accumulation_steps
     share = sequences // machine.world  # of this process
     began_at, skipped = run.iteration, 0
-    bar = tqdm(total=max_iters, initial=began_at, dynamic_ncols=True, disable=machine.rank > 0 or None,
-               bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+    bar = tqdm(total=max_iters, initial=began_at, dynamic_ncols=True,
+               disable=True if machine.rank > 0 else None,  # None: where there is no terminal
+               bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}")
     while True:
-        stopping = take_stock(model, data, run, optimizers, machine, bar)
+        stopping = take_stock(model, data, run, optimizers, machine)
         if stopping or run.iteration >= max_iters:
             break
 
@@ -893,14 +961,9 @@ def main():
         batch = to_device(data.training_batch(first, share, block_size, seed), machine)
         loss, norm = forward_backward(model, optimizers, *batch, machine)
         rate = learning_rate_at(run.iteration)
-        if math.isfinite(loss + norm):
-            step(optimizers, rate, machine)
-            skipped = 0
-        else:
-            skipped += 1
-            say(f"iteration {run.iteration + 1:,}: loss {loss}, gradient norm {norm}: update skipped")
-            require(skipped < 5, f"no finite gradient in 5 iterations, at a learning rate of {rate:.3g}: "
-                                 "run again with a lower --learning_rate")
+        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+        if skipped == 0:
+            update(optimizers, rate, machine)
         machine.scaler.update()
         run.iteration += 1
         run.sequences += sequences
@@ -910,12 +973,16 @@ def main():
         speed = sequences * block_size / max(time.perf_counter() - began, 1e-9)
         bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
         bar.update()
+        if skipped:
+            say(f"iteration {run.iteration:,}: update skipped, loss {loss}, gradient norm {norm}")
+            require(skipped < 5, f"no finite gradient in {skipped} iterations, learning rate "
+                                 f"{rate:.3g}: run again with a lower --learning_rate")
         if run.iteration % log_interval == 0 or is_due(run.iteration):
             run.record(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
             if machine.rank == 0:
                 write_log(run.rows)
             if bar.disable:
-                say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tokens/s")
+                say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
     bar.close()
     say_goodbye(run, began_at)
