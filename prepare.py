@@ -95,9 +95,12 @@ def find_files(names, data_dir, work):
                     f"--data_dir={data_dir} lies in --input={name}: choose another place")
             files += files_under(name)
         elif name:
-            found = sorted(glob.glob(name, recursive=True))
+            found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
             require(found, f"there is no file {name}")
-            files += [path for path in found if not os.path.isdir(path)]
+            real = {}
+            for path in found:
+                real.setdefault(os.path.realpath(path), path)  # ** may follow a link in circles
+            files += real.values()
     require(files, "--input names no file: give one, as in --input=input.txt")
     return files
 
