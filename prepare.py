@@ -752,10 +752,10 @@ def lock(folder):
     """Keep other runs out of a folder while this one lasts, where the file system can."""
     with explained(f"cannot write to {folder}: choose another", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = os.open(folder, os.O_RDONLY)
+        Path(folder, "log.csv").open("a").close()
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another run uses {folder}: wait for its end, or choose another --out_dir")
     except (ImportError, OSError) as error:

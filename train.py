@@ -827,7 +827,9 @@ def evaluate(model, data, machine, split="val"):
     at_once = machine.micro_batch
     nats = 0.0
     model.eval()
-    for first in range(0, math.ceil(count / block_size), at_once * machine.world):
+    firsts = range(0, math.ceil(count / block_size), at_once * machine.world)
+    hidden = True if machine.rank > 0 else None  # None: where there is no terminal
+    for first in tqdm(firsts, f"evaluating {count:,} tokens", leave=False, delay=3, disable=hidden):
         if total(len(stop_signals), machine):
             return None
         starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
@@ -884,6 +886,8 @@ def take_stock(model, data, run, optimizers, machine):
     """Evaluate, log, save and sample, or only save when told to stop. Returns whether told so."""
     scores = None
     if is_due(run.iteration) and run.val_loss is None:
+        if not run.rows:
+            say(f"evaluating {data.meta['val_tokens']:,} tokens before the first iteration ...")
         scores = evaluate(model, data, machine)
     stopping = total(len(stop_signals), machine) > 0
     if scores:
@@ -937,7 +941,6 @@ def main():
     report(flags, model, data, run, machine, source)
     listen(run)
     compile_model(model, machine)
-    say(f"evaluating {data.meta['val_tokens']:,} tokens ...")
     if eval_only:
         return say(result_line(evaluate(model, data, machine)))
     if wandb_log and machine.rank == 0:
