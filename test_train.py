@@ -1530,14 +1530,19 @@ def test_an_old_checkpoint_is_still_sampled(work, call, tmp_path):
 # ------------------------------------------------------------------------------------------------------ page
 
 @pytest.fixture(scope="session")
-def page(work):
+def page(work, tmp_path_factory):
+    """The address of a page whose model never ends a text by itself."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     import socket
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(work / "out", folder / "out")
+    config(eos_token_id=None)(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryFile("w+") as printed:
-        server = start("sample.py", "--web=true", f"--port={port}", cwd=work, stdout=printed, stderr=printed)
+        server = start("sample.py", "--web=true", f"--port={port}", "--max_new_tokens=2000", cwd=folder,
+                       stdout=printed, stderr=printed)
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert server.poll() is None
             time.sleep(0.2)
@@ -1566,6 +1571,7 @@ def test_page_serves_two_at_once_and_survives_bad_input(page):
 def test_page_in_a_browser(page, tmp_path):
     """Type, generate, see it grow, stop, meet an error and recover; no sideways scrolling on a phone."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    from selenium.webdriver.support import ui as support
     options, driver = webdriver.ChromeOptions(), shutil.which("chromedriver")
     options.binary_location = shutil.which("chromium") or ""
     if not driver or not options.binary_location:
@@ -1575,6 +1581,7 @@ def test_page_in_a_browser(page, tmp_path):
         options.add_argument("--" + flag)
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
         browser.implicitly_wait(60)
+        wait = support.WebDriverWait(browser, 60, poll_frequency=0.1)
 
         def click(name):
             browser.find_element("xpath", f"//button[normalize-space()='{name}']").click()
@@ -1592,11 +1599,8 @@ def test_page_in_a_browser(page, tmp_path):
             browser.find_element("xpath", "//button[normalize-space()='Generate']")  # with it, the rest is there
             type_prompt("Hello")
             click("Generate")
-            told = ["Hello"]
-            while len(told) < 4:  # it grows
-                now = text()
-                if len(now) > len(told[-1]):
-                    told.append(now)
+            seen = {"Hello"}
+            wait.until(lambda _: seen.add(text()) or len(seen) > 3)  # it grows
             click("Stop")
             time.sleep(1)
             stopped = text()
@@ -1608,8 +1612,8 @@ def test_page_in_a_browser(page, tmp_path):
             assert text() == stopped
             type_prompt("Again")
             click("Generate")
-            while not text().startswith("Again"):
-                time.sleep(0.1)
+            wait.until(lambda _: text().startswith("Again"))
+            click("Stop")
             assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
