@@ -170,14 +170,15 @@ def serve(llama, tokenizer, folder, facts):
             speed = count / max(time.perf_counter() - began, 1e-9)
             yield text, f"{count} tokens, {speed:.1f} a second", values["seed"]
 
-    with gradio.Blocks(title="Write with " + facts) as page:
+    with gradio.Blocks(title="sample.py") as page:
+        gradio.Markdown(f"### Write with your model\n{facts}")
         with gradio.Tab("Write"):
             asked = gradio.Textbox(prompt, label="Prompt", lines=2, autofocus=True)
             with gradio.Row():
                 start = gradio.Button("Generate", variant="primary")
                 stop = gradio.Button("Stop")
+            status = gradio.Markdown()
             text = gradio.Textbox(label="Text", lines=12, max_lines=30, buttons=["copy"])
-            status = gradio.Markdown(facts)
             examples = first_words(folder)
             if examples:
                 gradio.Examples(examples, asked, label="Beginnings from the training text")
