@@ -150,6 +150,12 @@ def first_words(folder):
     return [" ".join(text.split()[:4]) for text in texts if text.strip()][:3]
 
 
+def sampling_sliders(Slider):
+    """The controls of SLIDERS, at the values of the settings."""
+    return [Slider(low, high, globals()[name], step=step, label=label, info=info)
+            for name, (label, info, low, high, step) in SLIDERS.items()]
+
+
 def serve(llama, tokenizer, folder, facts):
     """Serve a page, to this machine alone, until Ctrl-C. Visitors may write at the same time."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: the page needs no network
@@ -179,18 +185,13 @@ def serve(llama, tokenizer, folder, facts):
                 stop = gradio.Button("Stop")
             status = gradio.Markdown()
             text = gradio.Textbox(label="Text", lines=12, max_lines=30, buttons=["copy"])
-            examples = first_words(folder)
-            if examples:
-                gradio.Examples(examples, asked, label="Beginnings from the training text")
+            if beginnings := first_words(folder):
+                gradio.Examples(beginnings, asked, label="Beginnings from the training text")
             with gradio.Accordion("Sampling", open=False):
-                sliders = []
-                for key, (label, info, low, high, step) in SLIDERS.items():
-                    sliders.append(gradio.Slider(low, high, globals()[key], step=step, label=label,
-                                                 info=info))
+                sliders = sampling_sliders(gradio.Slider)
                 keep_seed = gradio.Checkbox(False, label="Use this seed again")
                 number = gradio.Number(seed, label="Seed", precision=0)
-        curve = folder.resolve().parent / "loss.png"
-        if curve.exists():
+        if (curve := folder.resolve().parent / "loss.png").exists():
             with gradio.Tab("Training curve"):
                 gradio.Image(str(curve), show_label=False, buttons=[])
         running = gradio.on([start.click, asked.submit], write,
