@@ -18,7 +18,7 @@ from tokenizers import decoders
 
 import prepare
 from prepare import explained, require
-from train import choose_device, find_model, has_bfloat16, load_model
+from train import choose_device, compiler_problem, find_model, has_bfloat16, load_model
 
 # -------------------------------------------------------------------------------------- settings
 model = "out"             # an out folder (its best checkpoint), a model folder or a hub id
@@ -215,7 +215,10 @@ def load():
         small = has_bfloat16(target) or target.type == "cpu" and num_samples == 1
         name = "bfloat16" if small else "float16" if target.type == "cuda" else "float32"
     llama = load_model(folder).eval().to(target, getattr(torch, name))
-    if compile:
+    problem = compiler_problem(target) if compile else None
+    if problem:
+        print(f"warning: not compiled, so slower: {problem}", file=sys.stderr)
+    elif compile:
         mode = "reduce-overhead" if target.type == "cuda" else None
         llama.decode = torch.compile(llama.decode, mode=mode)
     parameters = sum(p.numel() for p in llama.parameters())

@@ -566,16 +566,23 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_MAX, 0)
 
 
+def compiler_problem(device):
+    """Why torch.compile does not work on a device; None if it does."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))
+    except Exception as error:  # of a compiler, a driver, a cache folder: they share no kind
+        return " ".join(str(error).split())[:200]
+
+
 def compile_model(model, machine):
     """Compile what takes the time, if it is wanted and works here."""
     wide = machine.device.type == "cuda" or n_embd >= 512
     if compile == "false" or compile == "auto" and not wide:
         return
     say("compiling, which takes up to a minute ...")
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=machine.device))
-    except Exception as error:  # of a compiler, a driver, a cache folder: they share no kind
-        return say(f"warning: not compiled, so slower: {' '.join(str(error).split())[:200]}")
+    problem = compiler_problem(machine.device)
+    if problem:
+        return say(f"warning: not compiled, so slower: {problem}")
     for layer in model.model.layers:
         layer.compile(dynamic=False)  # they share the code of the first
     model.slice_loss = torch.compile(slice_loss, dynamic=False)
