@@ -1208,9 +1208,12 @@ def test_out_of_memory_halves_the_micro_batch(toy, call, work, tmp_path, monkeyp
 def test_what_is_not_finite_is_skipped_and_never_saved(toy, call, tmp_path, monkeypatch):
     clip, calls, bad = torch.nn.utils.clip_grad_norm_, [], (3, 4)
 
-    def spoiled(*args):
+    def spoiled(parameters, largest):
+        parameters = list(parameters)
         calls.append(0)
-        return clip(*args) * (math.nan if len(calls) in bad else 1)
+        if len(calls) in bad:
+            parameters[0].grad.fill_(math.nan)
+        return clip(parameters, largest)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
     assert call(*toy).out.count("skipped") == 2 and newest(tmp_path / "out").name == "step-0000012"
