@@ -58,8 +58,9 @@ if __name__ != "__main__":  # a thread for each process: for a toy, more are slo
 # --------------------------------------------------------------------------------- running the scripts
 
 def default_signals():
-    """What a child process begins with: one started in the background would ignore Ctrl-C."""
+    """What a child process begins with: one in the background ignores Ctrl-C, under nohup SIGHUP."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(script, *args, cwd, processes=0, **kwargs):
@@ -1109,7 +1110,8 @@ def test_a_resume_is_on_the_same_text_unless_another_is_named(toy, call, work, t
     assert "data_dir = named (was data)" in call(*args, "--data_dir=named", "--max_iters=3").out
 
 
-@pytest.mark.parametrize("variables", ["RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2", "WORLD_SIZE=", "RANK=1 WORLD_SIZE=1"])
+@pytest.mark.parametrize("variables", ["RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2", "WORLD_SIZE=", "RANK=1 WORLD_SIZE=1",
+                                       "RANK=1 WORLD_SIZE=2"])
 def test_stray_launcher_variables_mean_nothing(toy, call, tmp_path, monkeypatch, variables):
     for variable in variables.split():
         monkeypatch.setenv(*variable.split("="))

@@ -677,7 +677,7 @@ def settle(before, data):
 
 
 def make_model(source, data):
-    """The Llama of a model folder, or a new one. What it saves stops at the data's end of text."""
+    """The Llama of a model folder, or a new one, which fits the settings and the data."""
     torch.manual_seed(seed)
     if source:
         model = load_model(source, dropout)
@@ -696,7 +696,6 @@ def make_model(source, data):
     require(block_size <= most, f"--block_size={block_size} is over the model's {most:,}")
     require(vocab_size >= data.meta["vocab_size"],
             f"--vocab_size={vocab_size} is below the {data.meta['vocab_size']:,} of {data_dir}")
-    model.config.eos_token_id = data.eot
     model.gradient_checkpointing = gradient_checkpointing
     return model
 
@@ -864,7 +863,7 @@ def forward_backward(model, optimizers, inputs, targets, machine):
         loss = None  # to try again has to wait until this exception is gone, and all it holds
     if loss is None:
         machine.micro_batch = size // 2
-        say(f"out of memory: {size // 2} sequences at a time, the same tokens in an iteration")
+        say(f"out of memory: {machine.micro_batch} sequences at a time, the same tokens as before")
         return forward_backward(model, optimizers, inputs, targets, machine)
 
     if machine.world > 1:
