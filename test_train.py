@@ -650,7 +650,6 @@ def test_sliced_loss_equals_cross_entropy_in_float64(rows, logits, monkeypatch):
 
 def test_muon_equals_float64_and_torch(monkeypatch):
     """Nesterov's momentum of two steps, five steps of Newton-Schulz, the size of AdamW's update."""
-    monkeypatch.setattr(train, "weight_decay", 0.1)
     generator = torch.Generator().manual_seed(0)
     for shape in (24, 40), (40, 24), (32, 32):
         start = [torch.randn(shape, generator=generator) for _ in range(3)]
@@ -658,7 +657,7 @@ def test_muon_equals_float64_and_torch(monkeypatch):
         ours = [torch.nn.Parameter(p.clone()) for p in start]
         theirs = [torch.nn.Parameter(p.clone()) for p in start]
         exact = [p.double() for p in start]
-        muon = train.Muon([{"params": ours}], {"lr": 0.02})
+        muon = train.Muon([{"params": ours}], {"lr": 0.02, "weight_decay": 0.1})
         torchs = torch.optim.Muon(theirs, 0.02, 0.1, momentum=train.MOMENTUM, adjust_lr_fn="match_rms_adamw")
         momenta = [torch.zeros(shape).double() for _ in start]
         for step_grads in grads:

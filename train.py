@@ -1,13 +1,13 @@
 """
-Train SmolLM2-135M, or a small model of its kind. Each checkpoint is a Hugging Face model folder.
+Train SmolLM2-135M, or a smaller Llama. Each checkpoint is a Hugging Face model folder.
 
 $ python train.py                                    # the small model: minutes on two CPU cores
 $ python train.py --max_iters=1000                   # any setting below can be given like this
-$ python train.py --size=135m --data_dir=data-web    # SmolLM2-135M, on what prepare.py made
+$ python train.py --size=135m --data_dir=data-web    # SmolLM2-135M, on data made by prepare.py
 $ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --data_dir=data-tuned    # fine-tune it
 $ torchrun --standalone --nproc_per_node=8 train.py  # eight GPUs: the same batches and losses
 
-Ctrl-C saves and ends; the same command goes on from there.
+Ctrl-C saves and exits; the same command resumes.
 """
 import contextlib
 import csv
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -25,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace while torch loads
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace on Ctrl-C while torch loads
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
 import prepare
@@ -50,33 +51,33 @@ log_interval = 10                # iterations between rows of log.csv
 eval_only = False                # evaluate once and end
 wandb_log = False                # log to Weights & Biases too
 # model
-size = "tiny"                    # tiny (what stands here), 135m, 360m or 1.7b (see SIZES)
+size = "tiny"                    # tiny (the values below), 135m, 360m or 1.7b (see SIZES)
 n_layer = 4
 n_head = 2                       # query heads
 n_kv_head = 1                    # key and value heads, each shared by n_head / n_kv_head queries
 n_embd = 128                     # channels
 intermediate_size = 384          # channels inside the MLP
-vocab_size = 0                   # rows of the embedding; 0: as many as the tokenizer has ids
+vocab_size = 0                   # rows of the embedding; 0: the tokenizer's vocabulary size
 rope_theta = 100_000.0           # base of the rotary embedding
 norm_eps = 1e-5                  # added inside RMSNorm
 dropout = 0.0                    # on the embedding and on both branches of a layer
 # data
-data_dir = "data"                # what prepare.py wrote; "data" is made of input.txt if missing
+data_dir = "data"                # made by prepare.py; "data" is made of input.txt if missing
 block_size = 128                 # tokens in a sequence
 batch_size = 16                  # sequences in a micro-batch, at most
-gradient_accumulation_steps = 1  # times batch_size: sequences in an iteration, over all processes
+gradient_accumulation_steps = 1  # times batch_size: sequences in an update, over all processes
 seed = 1337                      # of weights, data order, dropout and samples
 # optimizer
 optimizer = "muon"               # adamw, or muon (for the layers' matrices; AdamW for the rest)
 max_iters = 500                  # iterations; each is one update
-learning_rate = 1.3e-2           # peak, of AdamW; Muon takes MUON_SHARE of it
+learning_rate = 1.3e-2           # peak, for AdamW; Muon's is MUON_SCALE times this
 weight_decay = 1.0               # of matrices
 beta1 = 0.9                      # of AdamW
 beta2 = 0.99                     # of AdamW
 grad_clip = 1.0                  # largest norm of the gradient; 0: no limit
 schedule = "cosine"              # cosine, or wsd (constant, then linear over the last fifth)
 warmup_iters = -1                # linear warm-up; -1: a twentieth of max_iters, at most 2000
-lr_decay_iters = -1              # from here on the rate is min_lr; -1: max_iters at the start
+lr_decay_iters = -1              # when the rate reaches min_lr; -1: max_iters of the run's start
 min_lr = -1.0                    # -1: a tenth of learning_rate
 # machine
 device = "auto"                  # auto, cpu, cuda, cuda:1 or mps
@@ -85,8 +86,8 @@ compile = "auto"                 # auto (on GPUs, and on CPUs from 512 channels 
 gradient_checkpointing = False   # recompute layers in the backward pass: less memory, more time
 deterministic = False            # bit-exact resume on GPUs too; slower
 
-# ------------------------------------------------------- what --size and --init_from lay over it
-RECIPE = dict(  # of SmolLM2 (arXiv:2502.02737), at half a million tokens an iteration
+# -------------------------------------------- settings that --size and --init_from change at once
+RECIPE = dict(  # SmolLM2's (arXiv:2502.02737), with half a million tokens an update
     vocab_size=49152, block_size=2048, batch_size=16, gradient_accumulation_steps=16,
     optimizer="adamw", max_iters=10_000, learning_rate=3e-3, weight_decay=0.1, beta2=0.95,
     eval_interval=250)
@@ -101,31 +102,35 @@ SIZES = {
 }
 FINE_TUNING = dict(optimizer="adamw", learning_rate=1e-4, weight_decay=0.1, beta2=0.95,
                    batch_size=4, gradient_accumulation_steps=4)
-SHAPE = dict(  # what config.json calls the settings of the shape
+NO_MODEL = ("auto", "scratch", "resume")  # values of init_from that name no model
+SHAPE = dict(  # the settings that make the shape: their names in config.json
     n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
     n_embd="hidden_size", intermediate_size="intermediate_size", vocab_size="vocab_size",
     rope_theta="rope_theta", norm_eps="rms_norm_eps")
 
 
 def presets(flags):
-    """What --size and --init_from=MODEL lay over the block, beneath the other flags."""
-    name, source = flags.get("size", size), flags.get("init_from", init_from)
+    """The settings that --size and --init_from=MODEL stand for; other flags override them."""
+    name = flags.get("size", size)
+    source = flags.get("init_from", init_from)
     require(name in SIZES, f"--size={name} must be one of {', '.join(SIZES)}")
-    if source in ("auto", "scratch", "resume"):
+    if source in NO_MODEL:
         return SIZES[name]
-    config = read_config(find_model(source))
+    out = flags.get("out_dir", out_dir)  # a run that goes on no longer needs what it began with
+    config = read_config(find_model(out if checkpoints(out) else source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
     shape["block_size"] = min(512, config.max_position_embeddings)
-    return SIZES[name] | FINE_TUNING | shape
+    return SIZES[name] | FINE_TUNING | shape | {"size": Path(source).name}
 
 
 def check_settings():
-    """Refuse values that cannot be meant: one rule a line."""
+    """Refuse invalid settings."""
     def rule(name, good, text):
         require(good, f"--{name}={globals()[name]} must be {text}")
 
     for name in ("n_layer n_head n_kv_head n_embd intermediate_size rope_theta block_size "
-                 "batch_size gradient_accumulation_steps eval_interval log_interval").split():
+                 "batch_size gradient_accumulation_steps max_iters eval_interval "
+                 "log_interval").split():
         rule(name, globals()[name] >= 1, "1 or more")
     for name in ("dropout", "beta1", "beta2"):
         rule(name, globals()[name] < 1, "below 1")
@@ -155,7 +160,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, places=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, positions=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -163,9 +168,10 @@ class Attention(nn.Module):
         q = q * cos + rotate_half(q) * sin
         k = k * cos + rotate_half(k) * sin
         if cache is not None:
-            k = cache[0].index_copy_(2, places, k)  # (B, heads, all places, head_dim)
-            v = cache[1].index_copy_(2, places, v)
-        if x.is_cuda and q.dtype != torch.bfloat16:  # else some GPUs have no fast kernel for it
+            keys, values = cache  # (B, heads, limit, head_dim) each
+            k = keys.index_copy_(2, positions, k)
+            v = values.index_copy_(2, positions, v)
+        if x.is_cuda and q.dtype != torch.bfloat16:  # some GPUs lack a fast grouped-query kernel
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
@@ -192,39 +198,42 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, *context):
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context))
+    def forward(self, x, *rest):  # as in Attention
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *rest))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 def slice_loss(x, weight, targets):
-    """Summed cross-entropy (nats) of logits x @ weight.T (N, V) and targets (N,), but for -1."""
+    """Summed cross-entropy (nats) of logits x @ weight.T (N, V); ignores targets (N,) of -1."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
 
-LOGITS_AT_ONCE = 2 ** 25  # 128 MiB of them; those of a whole batch would take gigabytes
+LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32; those of a whole batch would take gigabytes
 
 
 class SlicedLoss(torch.autograd.Function):
-    """slice_loss, slice by slice, with the gradients at once (Liger Kernel, arXiv:2410.10989)."""
+    """
+    slice_loss over even slices. Gradients are computed in the forward pass, so that the logits of a
+    slice can be freed before the next (as in Liger Kernel, arXiv:2410.10989).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, targets, slice_loss):
         most = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
         slices = math.ceil(len(x) * len(weight) / most)
         rows = 128 * math.ceil(len(x) / slices / 128)
-        training = ctx.needs_input_grad[0]
-        x = x.detach().requires_grad_(training)
-        weight = weight.detach().requires_grad_(training)
-        total = 0.0
-        with torch.set_grad_enabled(training):
-            for part, wanted in zip(x.split(rows), targets.split(rows)):
-                loss = slice_loss(part, weight, wanted)
-                if training:
+        need_grad = ctx.needs_input_grad[0]
+        x = x.detach().requires_grad_(need_grad)
+        weight = weight.detach().requires_grad_(need_grad)
+        summed = 0.0
+        with torch.set_grad_enabled(need_grad):
+            for x_slice, target_slice in zip(x.split(rows), targets.split(rows)):
+                loss = slice_loss(x_slice, weight, target_slice)
+                if need_grad:
                     loss.backward()
-                total = total + loss.detach()
+                summed = summed + loss.detach()
         ctx.save_for_backward(x.grad, weight.grad)
-        return total
+        return summed
 
     @staticmethod
     def backward(ctx, scale):
@@ -248,16 +257,16 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.gradient_checkpointing = False
-        self.slice_loss = slice_loss  # compiled forms may take the place of these two
-        self.decode = self.last_logits
+        self.slice_loss = slice_loss    # train.py may replace it by its compiled form,
+        self.decode = self.last_logits  # and sample.py this one
 
-        # rotary embedding (RoFormer, arXiv:2104.09864): channels i and i + head_dim / 2 turn
+        # rotary embedding (RoFormer, arXiv:2104.09864) of the channels i and i + head_dim / 2
         frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
         angle = torch.outer(torch.arange(config.max_position_embeddings), frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos(), persistent=False)  # (positions, head_dim)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-        # what the layers add up is drawn smaller, so that the sum keeps its size (GPT-2)
+        # the projections into the residual stream start smaller, so that it does not grow (GPT-2)
         for name, p in self.named_parameters():
             std = config.initializer_range
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -271,22 +280,23 @@ class Llama(nn.Module):
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
-    def hidden(self, tokens, cache=None, places=None):
-        """What the head sees (B, T, C) of tokens (B, T), at `places` (T,) if there is a cache."""
+    def hidden(self, tokens, caches=None, positions=None):
+        """The final hidden states (B, T, C) of tokens (B, T), at `positions` (T,) of the caches."""
         x = self.dropout(self.model.embed_tokens(tokens))
-        if cache is None:
-            cache = [None] * len(self.model.layers)
+        if caches is None:
+            caches = [None] * len(self.model.layers)
             mask = None
-            places = torch.arange(tokens.shape[1], device=x.device)
+            positions = torch.arange(tokens.shape[1], device=x.device)
         else:
-            mask = places[:, None] >= torch.arange(cache[0].shape[3], device=x.device)
-        cos = self.cos[places].to(x.dtype)
-        sin = self.sin[places].to(x.dtype)
-        for layer, kept in zip(self.model.layers, cache):
+            limit = caches[0].shape[3]
+            mask = positions[:, None] >= torch.arange(limit, device=x.device)
+        cos = self.cos[positions].to(x.dtype)
+        sin = self.sin[positions].to(x.dtype)
+        for layer, cache in zip(self.model.layers, caches):
             if self.gradient_checkpointing and self.training:
-                x = recomputed(layer, x, cos, sin, use_reentrant=False)
+                x = recompute_in_backward(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, kept, places)
+                x = layer(x, cos, sin, mask, cache, positions)
         return self.model.norm(x)
 
     def forward(self, tokens):
@@ -294,33 +304,35 @@ class Llama(nn.Module):
         return F.linear(self.hidden(tokens), self.head())
 
     def loss(self, tokens, targets):
-        """Summed loss (nats) of predicting targets (B, T) from tokens (B, T); -1 do not count."""
+        """Summed loss (nats) of predicting targets (B, T) from tokens (B, T); -1 is ignored."""
         x = self.hidden(tokens).flatten(0, 1)
         return SlicedLoss.apply(x, self.head(), targets.flatten(), self.slice_loss)
 
-    def last_logits(self, tokens, cache, places):
-        """Logits (B, V) of what follows the last of the tokens."""
-        return F.linear(self.hidden(tokens, cache, places)[:, -1], self.head())
+    def last_logits(self, tokens, caches, positions):
+        """Logits (B, V) for the token after the last one."""
+        return F.linear(self.hidden(tokens, caches, positions)[:, -1], self.head())
 
     @torch.inference_mode()
     def generate(self, tokens, max_new_tokens, choose):
         """
-        Yield the ids (B, 1) that go on tokens (B, T), place by place, each as picked by
+        Continue tokens (B, T): yield the next ids (B, 1), one position at a time, each picked by
         choose(logits (B, V), tokens). When the context is full, its last half is kept.
         """
         limit = min(self.config.max_position_embeddings, tokens.shape[1] + max_new_tokens)
         shape = (2, len(tokens), self.config.num_key_value_heads, limit, self.config.head_dim)
-        cache = [self.head().new_zeros(shape) for _ in self.model.layers]
-        new, position = tokens, 0
+        caches = [self.head().new_zeros(shape) for _ in self.model.layers]  # keys and values
+        new = tokens
+        position = 0
         for _ in range(max_new_tokens):
             if position + new.shape[1] > limit:
-                new, position = tokens[:, -limit // 2:], 0
-            places = torch.arange(position, position + new.shape[1], device=tokens.device)
+                new = tokens[:, -limit // 2:]
+                position = 0
+            positions = torch.arange(position, position + new.shape[1], device=tokens.device)
             position += new.shape[1]
             step = self.decode if new.shape[1] == 1 else self.last_logits
             # products of a single row are nearly twice as fast without oneDNN
             with torch.backends.mkldnn.flags(enabled=new.numel() > 1, allow_tf32=None):
-                logits = step(new, cache, places)
+                logits = step(new, caches, positions)
             new = choose(logits.float(), tokens)
             tokens = torch.cat((tokens, new), dim=1)
             yield new
@@ -328,22 +340,23 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------ optimizer and schedule
 MOMENTUM = 0.95   # of Muon
-MUON_SHARE = 0.6  # of learning_rate
+MUON_SCALE = 0.6  # Muon's learning rate, as a share of AdamW's
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonal momentum (Jordan, 2024), of the size of AdamW's updates (arXiv:2502.16982)."""
+    """Orthogonal momentum (Jordan, 2024), with updates as large as AdamW's (arXiv:2502.16982)."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:  # the matrices of one shape, stepped together as a stack
             updates = []
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - MOMENTUM)
-                updates.append(p.grad.lerp(momentum, MOMENTUM))  # as Nesterov does
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                updates.append(p.grad.lerp(momentum, MOMENTUM))  # Nesterov
             for p, update in zip(group["params"], orthogonal(torch.stack(updates))):
-                p.mul_(1 - group["lr"] * weight_decay)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -376,27 +389,27 @@ def make_optimizers(model):
                               weight_decay=weight_decay, fused=True)
     if optimizer == "adamw":
         return [adamw]
-    stacks = [{"params": stack, "share": MUON_SHARE} for stack in matrices.values()]
-    return [adamw, Muon(stacks, {"lr": learning_rate})]
+    stacks = [{"params": stack, "scale": MUON_SCALE} for stack in matrices.values()]
+    return [adamw, Muon(stacks, {"weight_decay": weight_decay})]  # update() sets the rate
 
 
 def learning_rate_at(iteration):
-    """The rate of the update that follows `iteration` others: warm-up, then down to min_lr."""
+    """The learning rate of an iteration (from 0): linear warm-up, then down to min_lr."""
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if iteration >= lr_decay_iters:
         return min_lr
     left = lr_decay_iters - iteration
-    all_left = lr_decay_iters - warmup_iters
+    span = lr_decay_iters - warmup_iters
     if schedule == "cosine":
-        share = 0.5 - 0.5 * math.cos(math.pi * left / all_left)
+        height = 0.5 * (1 + math.cos(math.pi * (1 - left / span)))
     else:  # warm-up, stable, decay (arXiv:2404.06395)
-        share = min(1, left / min(lr_decay_iters / 5, all_left))
-    return min_lr + share * (learning_rate - min_lr)
+        height = min(1, left / min(lr_decay_iters / 5, span))
+    return min_lr + height * (learning_rate - min_lr)
 
 
 # ------------------------------------------------------------------------ models and checkpoints
-ONLY = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
+SUPPORTED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
 
 
 def checkpoints(folder):
@@ -404,7 +417,7 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("step-*"))
 
 
-def val_loss(checkpoint):
+def saved_loss(checkpoint):
     """The validation loss of a checkpoint; inf if it was saved without an evaluation."""
     file = checkpoint / "run.json"
     loss = read_json(file)["val_loss"] if file.exists() else None
@@ -412,24 +425,24 @@ def val_loss(checkpoint):
 
 
 def find_model(name):
-    """The model folder that is meant: an out folder's best, a folder, or a copy from the hub."""
+    """The model folder of a name: the best in an out folder, the folder itself, or the hub's."""
     if checkpoints(name):
-        return min(reversed(checkpoints(name)), key=val_loss)
+        return min(reversed(checkpoints(name)), key=saved_loss)  # of equals the newest
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    with explained(f"{name} is no folder here, and the hub gives no such model", Exception):
+    with explained(f"{name} is neither a folder here nor a model on the hub", Exception):
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def read_config(folder):
-    """config.json of a Hugging Face Llama; what this model lacks is refused by name."""
+    """The config.json of a Hugging Face Llama; options that this model lacks are an error."""
     file = Path(folder, "config.json")
     config = {key: value for key, value in read_json(file).items() if value is not None}
     config |= config.get("rope_parameters", {})  # where transformers 5 keeps rope_theta
-    for key, known in (ONLY | {"rope_scaling": None, "rope_type": "default"}).items():
-        found = config.get(key, known)
-        require(found == known, f"{file}: {key}={found} is not known here, only {known}")
+    for key, value in (SUPPORTED | {"rope_scaling": None, "rope_type": "default"}).items():
+        found = config.get(key, value)
+        require(found == value, f"{file}: {key}={found} is not supported, only {value}")
     heads = config.get("num_attention_heads")
     config = {"num_key_value_heads": heads, "rope_theta": 1e4, "rms_norm_eps": 1e-6} | config
     numbers = {key: config.get(key) for key in (*SHAPE.values(), "max_position_embeddings")}
@@ -437,7 +450,7 @@ def read_config(folder):
         good = isinstance(value, (int, float)) and value > 0
         require(good, f"{file}: {key}={value} is not a number above 0")
     return SimpleNamespace(
-        **ONLY, **numbers, head_dim=config.get("head_dim", config["hidden_size"] // heads),
+        **SUPPORTED, **numbers, head_dim=config.get("head_dim", config["hidden_size"] // heads),
         initializer_range=config.get("initializer_range", 0.02),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         eos_token_id=config.get("eos_token_id"))
@@ -456,109 +469,154 @@ def load_model(folder, dropout=0.0):
     return model
 
 
+@dataclass
+class Run:
+    """The progress of a run."""
+
+    iteration: int = 0
+    sequences: int = 0  # trained on so far; the next batch begins after them
+    val_loss: float = None  # of the current weights; None before they are evaluated
+    rows: list = field(default_factory=list)  # of log.csv
+    wandb_id: str = None
+
+    def record(self, **columns):
+        """Add columns to this iteration's row of log.csv."""
+        if not self.rows or self.rows[-1]["iter"] != self.iteration:
+            self.rows.append({"iter": self.iteration})
+        self.rows[-1].update(columns)
+
+
 def save_checkpoint(model, data, run, optimizers, machine):
-    """Write out_dir/step-<iteration>, whole or not at all; keep only the newest and the best."""
-    path, tmp = Path(out_dir, f"step-{run.iteration:07d}"), Path(out_dir, "tmp")
+    """Write out_dir/step-<iteration> aside, then rename it; keep only the newest and the best."""
+    path = Path(out_dir, f"step-{run.iteration:07d}")
+    tmp = Path(out_dir, "tmp")
     finite = all(p.isfinite().all() for p in model.parameters())
     require(finite, f"the weights at iteration {run.iteration:,} are not finite, and not saved: "
                     "run again with a lower --learning_rate")
     ids = {"bos_token_id": data.start[0], "eos_token_id": data.eot}
-    words = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
+    tokens = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
     llama = {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    texts = {
+    json_files = {
         "config": vars(model.config) | ids | llama,
         "generation_config": ids,
-        "tokenizer_config": words | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "tokenizer_config": tokens | {"tokenizer_class": "PreTrainedTokenizerFast"},
         "run": {"iteration": run.iteration, "val_loss": run.val_loss, "wandb_id": run.wandb_id,
                 "settings": prepare.settings_of(globals()), "data": data.meta},
     }
     trainer = {"run": vars(run), "scaler": machine.scaler.state_dict(),
-               "optimizers": [one.state_dict()["state"] for one in optimizers]}
+               "optimizers": [opt.state_dict()["state"] for opt in optimizers]}
 
-    problem = f"cannot save {path}, those before it are whole"
+    problem = f"cannot save {path}; earlier checkpoints are intact"
     with explained(problem, OSError, RuntimeError, SafetensorError):
-        shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(tmp, ignore_errors=True)  # left by a killed run
         tmp.mkdir()
-        for name, values in texts.items():
+        for name, values in json_files.items():
             (tmp / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
         data.tokenizer.save(str(tmp / "tokenizer.json"))
         save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
-        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # save_file hides it
+        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # else the owner's alone
         with open(tmp / "trainer.pt", "wb") as file:
             torch.save(trainer, file)
         flush(*tmp.iterdir(), tmp)
-        if path.exists():  # a stop saved these weights before they were evaluated
+        if path.exists():  # saved at a Ctrl-C and only now evaluated: the weights are the same
             for file in tmp.iterdir():
                 file.replace(path / file.name)
         else:
             tmp.rename(path)
         flush(out_dir)
-        for old in checkpoints(out_dir)[:-1]:
-            if old != find_model(out_dir):
-                shutil.rmtree(old.rename(tmp))  # renamed first: no step- folder is there in part
+        for old in set(checkpoints(out_dir)[:-1]) - {find_model(out_dir)}:
+            shutil.rmtree(tmp, ignore_errors=True)
+            old.rename(tmp)  # so that no incomplete step- folder is left if this is killed
+            shutil.rmtree(tmp)
 
 
 def flush(*paths):
-    """Bring files, and folders' lists of files, to the disk itself, where the system can."""
-    for path in paths if os.name == "posix" else ():
+    """fsync files and folders, where the system can."""
+    if os.name != "posix":
+        return
+    for path in paths:
         file = os.open(path, os.O_RDONLY)
-        with tolerated("flushing to the disk", OSError):
+        with tolerated("fsync", OSError):
             os.fsync(file)
         os.close(file)
 
 
+def restore(checkpoint, optimizers, machine):
+    """The Run of a checkpoint. Also restores the state of the optimizers and the scaler."""
+    problem = f"{checkpoint}/trainer.pt is damaged: move {checkpoint} away to resume an earlier one"
+    with explained(problem, OSError, RuntimeError, pickle.UnpicklingError):
+        # weights_only: other pickles could run code
+        trainer = torch.load(checkpoint / "trainer.pt", machine.device, weights_only=True)
+    for opt, state in zip(optimizers, trainer["optimizers"]):
+        opt.load_state_dict(opt.state_dict() | {"state": state})  # its rates are this command's
+    if trainer["scaler"]:
+        machine.scaler.load_state_dict(trainer["scaler"])
+    return Run(**trainer["run"])
+
+
 # -------------------------------------------------------------------------------------- machine
+TOKENS_AT_ONCE = 4096  # on CPUs, and to evaluate: more are no faster, and take gigabytes
+
+
 def choose_device(name):
-    """The torch.device that --device names, once it has been seen to work."""
+    """The torch.device that --device names, after a test that it works."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
-    problem = f"--device={name} cannot be used here, --device={best} can"
+    problem = f"--device={name} does not work here, --device={best} does"
     with explained(problem, RuntimeError, AssertionError):
         return torch.zeros(1, device=best if name == "auto" else name).device
 
 
 def has_bfloat16(device):
-    """Whether the device is built for products of bfloat16."""
+    """Whether the device has fast matrix products of bfloat16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def set_up_machine():
-    """What to compute on: device, dtype, autocast, scaler, rank, world, micro_batch (sequences)."""
+    """Where and how to compute, as a namespace. micro_batch is in sequences."""
     rank, world = prepare.process_rank()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     chosen = choose_device(device)
     cuda = chosen.type == "cuda"
     if cuda and world > 1:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         gpus = torch.cuda.device_count()
-        require(chosen.index < gpus, f"--nproc_per_node={gpus} is the most for {gpus} GPUs")
+        require(chosen.index < gpus, f"there are {gpus} GPUs here: use --nproc_per_node={gpus}")
         torch.cuda.set_device(chosen)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    torch.use_deterministic_algorithms(deterministic)
     if chosen.type == "cpu":
         keep_freed_memory()
 
-    name = dtype
-    if dtype == "auto":  # CPUs gain from bfloat16 only with wide models
-        fast = has_bfloat16(chosen) and (cuda or n_embd >= 512)
-        name = "bfloat16" if fast else "float16" if cuda else "float32"
+    pays = cuda or n_embd >= 512  # on CPUs bfloat16 and compiling pay with wide models alone
+    products = dtype
+    if dtype == "auto":
+        products = "float16" if cuda else "float32"
+        if has_bfloat16(chosen) and pays:
+            products = "bfloat16"
     sequences = batch_size * gradient_accumulation_steps
     require(sequences % world == 0, f"{world} processes cannot share {sequences} sequences: "
                                     "change --batch_size or --gradient_accumulation_steps")
     micro_batch = min(batch_size, sequences // world)
-    if chosen.type == "cpu":  # more than 4,096 tokens at once are no faster, and take gigabytes
-        micro_batch = min(micro_batch, max(1, 4096 // block_size))
+    if chosen.type == "cpu":
+        micro_batch = min(micro_batch, max(1, TOKENS_AT_ONCE // block_size))
     return SimpleNamespace(
-        device=chosen, dtype=name, rank=rank, world=world, micro_batch=micro_batch,
-        autocast=torch.autocast(chosen.type, getattr(torch, name), enabled=name != "float32"),
-        scaler=torch.amp.GradScaler(chosen.type, 4096.0, enabled=name == "float16"))
+        device=chosen, dtype=products, rank=rank, world=world, micro_batch=micro_batch,
+        compile=compile == "true" or (compile == "auto" and pays),
+        hide_bar=True if rank > 0 else None,  # None: shown if there is a terminal
+        autocast=torch.autocast(
+            chosen.type, getattr(torch, products), enabled=products != "float32"),
+        scaler=torch.amp.GradScaler(
+            chosen.type, init_scale=4096, enabled=products == "float16"))
 
 
 def keep_freed_memory():
-    """Let glibc keep what is freed: to get it anew from the kernel took a tenth of the time."""
+    """Let glibc keep freed memory: asking the kernel for it again took a tenth of the time."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -570,21 +628,20 @@ def compiler_problem(device):
     """Why torch.compile does not work on a device; None if it does."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))
-    except Exception as error:  # of a compiler, a driver, a cache folder: they share no kind
+    except Exception as error:  # a compiler's, a driver's, a cache folder's
         return " ".join(str(error).split())[:200]
 
 
 def compile_model(model, machine):
-    """Compile what takes the time, if it is wanted and works here."""
-    wide = machine.device.type == "cuda" or n_embd >= 512
-    if compile == "false" or compile == "auto" and not wide:
+    """Compile the layers and the loss, if that is wanted and works here."""
+    if not machine.compile:
         return
     say("compiling, which takes up to a minute ...")
     problem = compiler_problem(machine.device)
     if problem:
         return say(f"warning: not compiled, so slower: {problem}")
     for layer in model.model.layers:
-        layer.compile(dynamic=False)  # they share the code of the first
+        layer.compile(dynamic=False)  # all of them use the first one's graph
     model.slice_loss = torch.compile(slice_loss, dynamic=False)
 
 
@@ -597,39 +654,23 @@ def total(number, machine):
     return tensor.item()
 
 
-# ------------------------------------------------------------------------- beginning or resuming
-@dataclass
-class Run:
-    """How far a run has come."""
-
-    iteration: int = 0
-    sequences: int = 0  # trained on so far; the next batch begins after them
-    val_loss: float = None  # of the weights as they are, if they were evaluated
-    rows: list = field(default_factory=list)  # of log.csv
-    wandb_id: str = None
-
-    def record(self, **columns):
-        """Add columns to this iteration's row of log.csv."""
-        if not self.rows or self.rows[-1]["iter"] != self.iteration:
-            self.rows.append({"iter": self.iteration})
-        self.rows[-1].update(columns)
-
-
+# -------------------------------------------------------------------------- starting or resuming
 def find_start():
-    """(model folder or None, run.json of the run to resume or {}): what init_from means here."""
+    """(model folder to start from or None, run.json of the run to resume or {})."""
     saved = checkpoints(out_dir)
     require(saved or init_from != "resume", f"{out_dir} holds no run: leave out --init_from=resume")
     require(not saved or init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
     if not saved:
-        return None if init_from in ("auto", "scratch") else find_model(init_from), {}
+        source = None if init_from in NO_MODEL else find_model(init_from)
+        return source, {}
     file = saved[-1] / "run.json"
-    require(file.exists(), f"an older train.py made {saved[-1]}: sample it, or train it further by "
-                           f"--init_from={out_dir} --out_dir=NEW")
+    require(file.exists(), f"{saved[-1]} is of an older train.py and cannot be resumed: start from "
+                           f"its weights with --init_from={out_dir} --out_dir=NEW")
     return saved[-1], read_json(file)
 
 
 def open_data(source):
-    """The Data of data_dir, made of input.txt if the default is missing; it must fit `source`."""
+    """The Data of data_dir, whose tokenizer must be that of `source`. Makes the default one."""
     if not Path(data_dir).exists():
         alone = prepare.process_rank()[1] == 1
         require(data_dir == "data" and alone, f"there is no {data_dir}: run python prepare.py "
@@ -646,10 +687,10 @@ def open_data(source):
     return data
 
 
-def settle(before, data):
-    """Work out the settings at -1 or 0; refuse what differs from the run that is resumed."""
+def resolve_settings(saved, data):
+    """Fill in the settings at 0 or -1; refuse those that differ from the run to resume."""
     global vocab_size, warmup_iters, lr_decay_iters, min_lr
-    old = before.get("settings", {})
+    old = saved.get("settings", {})
     if vocab_size == 0:
         vocab_size = data.meta["vocab_size"]
     if warmup_iters == -1:
@@ -661,17 +702,17 @@ def settle(before, data):
 
     now = prepare.settings_of(globals())
     changed = {key: value for key, value in old.items() if now.get(key, value) != value}
-    if {init_from, changed.get("init_from")} <= {"auto", "scratch", "resume"}:
+    if init_from in NO_MODEL and changed.get("init_from") in NO_MODEL:
         del changed["init_from"]
     wrong = [key for key in ("init_from", "size", *SHAPE, "optimizer") if key in changed]
     if wrong and wrong[0] in ("init_from", "size"):
-        wrong = wrong[:1]  # the rest may follow from it
+        wrong = wrong[:1]  # which sets the others
     flags = " ".join(f"--{key}={changed[key]}" for key in wrong)
     require(not wrong, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
-    same_text = before.get("data", data.meta) == data.meta
+    same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
             f"{data_dir} is not the text that the run in {out_dir} began with: prepare that again, "
-            f"or go on from its weights by --init_from={out_dir} --out_dir=NEW")
+            f"or start from its weights with --init_from={out_dir} --out_dir=NEW")
     for key, value in changed.items():
         say(f"changed: {key} = {now[key]} (was {value})")
 
@@ -681,39 +722,27 @@ def make_model(source, data):
     torch.manual_seed(seed)
     if source:
         model = load_model(source, dropout)
+        for ours, theirs in SHAPE.items():
+            found = getattr(model.config, theirs)
+            require(globals()[ours] == found, f"{source} has {ours}={found}: leave out --{ours}")
     else:
-        even = n_embd % (2 * n_head) == 0
-        require(even, f"--n_embd={n_embd} must be a multiple of 2 x --n_head={n_head}")
+        require(n_embd % (2 * n_head) == 0,
+                f"--n_embd={n_embd} must be a multiple of 2 x --n_head={n_head}")
         shape = {theirs: globals()[ours] for ours, theirs in SHAPE.items()}
         model = Llama(SimpleNamespace(
-            **ONLY, **shape, head_dim=n_embd // n_head, max_position_embeddings=block_size,
+            **SUPPORTED, **shape, head_dim=n_embd // n_head, max_position_embeddings=block_size,
             initializer_range=n_embd ** -0.5, tie_word_embeddings=True), dropout)
-    for ours, theirs in SHAPE.items():
-        value = getattr(model.config, theirs)
-        require(globals()[ours] == value,
-                f"{source} has {ours}={value}: leave out what sets it to {globals()[ours]}")
-    most = model.config.max_position_embeddings
-    require(block_size <= most, f"--block_size={block_size} is over the model's {most:,}")
+    longest = model.config.max_position_embeddings
+    require(block_size <= longest, f"--block_size={block_size} exceeds the model's {longest:,}")
     require(vocab_size >= data.meta["vocab_size"],
             f"--vocab_size={vocab_size} is below the {data.meta['vocab_size']:,} of {data_dir}")
     model.gradient_checkpointing = gradient_checkpointing
     return model
 
 
-def restore(source, optimizers, machine):
-    """The Run of a checkpoint; puts its optimizers and scaler back as they were."""
-    problem = f"{source}/trainer.pt is damaged: move {source} away to go on from one before it"
-    with explained(problem, OSError, RuntimeError, pickle.UnpicklingError):
-        trainer = torch.load(source / "trainer.pt", machine.device, weights_only=True)  # no code
-    for one, state in zip(optimizers, trainer["optimizers"]):
-        one.load_state_dict(one.state_dict() | {"state": state})
-    machine.scaler.load_state_dict(trainer["scaler"])
-    return Run(**trainer["run"])
-
-
-# --------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------- reporting
 def report(flags, model, data, run, machine, source):
-    """Say what is going to happen, before anything that takes long."""
+    """Print what is about to happen, before anything that takes long."""
     for key, value in flags.items():
         say(f"overriding: {key} = {value}")
     parameters = sum(p.numel() for p in model.parameters())
@@ -723,15 +752,33 @@ def report(flags, model, data, run, machine, source):
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
     say(f"data       {data_dir}: {data.meta['train_tokens']:,} tokens, "
         f"{data.meta['val_tokens']:,} for validation")
-    say(f"iteration  {sequences:,} x {block_size:,} tokens, {machine.micro_batch} x at a time")
+    say(f"iteration  {sequences:,} x {block_size:,} tokens, {machine.micro_batch:,} x at a time")
     say(f"optimizer  {optimizer}, {warmup_iters} iterations up to {learning_rate:g}, "
         f"{schedule} to {min_lr:g}")
     say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,} "
         f"({epochs:.1f} epochs), from {source or 'scratch'}")
+    if machine.device.type == "cpu":
+        report_memory(parameters, machine)
+
+
+def report_memory(parameters, machine):
+    """Print what a step needs on a CPU, where the system kills a process that takes too much."""
+    tokens = machine.micro_batch * block_size
+    state = 16 * parameters  # weights, gradients and two moments
+    logits = 12 * min(LOGITS_AT_ONCE, tokens * vocab_size)  # and their gradients
+    layers = 4 * tokens * n_layer * (16 * n_embd + 4 * intermediate_size)  # for the backward pass
+    needed = (state + logits + layers) / 1e9
+    say(f"memory     about {needed:.1f} GB for a step")
+    if sys.platform == "linux":
+        free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        free = int(free[1]) / 1e6 / machine.world
+        if needed > free:
+            say(f"warning: only {free:.1f} GB are free: the system may kill this process; lower "
+                "--batch_size or --block_size, or try --gradient_checkpointing=true")
 
 
 def start_wandb(run):
-    """Begin a run of Weights & Biases, or go on with the one that this run had before."""
+    """Begin a run of Weights & Biases, or resume the one that this run had before."""
     with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
         import wandb
     wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow",
@@ -740,7 +787,7 @@ def start_wandb(run):
 
 
 def write_log(rows):
-    """Write log.csv anew, with all columns that a row has; send wandb the last row."""
+    """Rewrite log.csv with every column that occurs; send wandb the last row."""
     columns = dict.fromkeys(key for row in rows for key in row)
     with tolerated("writing log.csv", OSError):
         with open(Path(out_dir, "log.csv"), "w", newline="") as file:
@@ -771,7 +818,8 @@ def draw_curve(rows, data):
     losses.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
     losses.plot(x[best], y[best], "r*", markersize=12, label=f"best: {y[best]:.4f}")
 
-    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)  # of a nat
+    # bits per byte of one nat per token
+    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)
     right = losses.secondary_yaxis("right", (lambda y: y * bits, lambda y: y / bits))
     right.set_ylabel("bits per byte, validation")
     losses.set(title=f"{size}: {n_layer} layers x {n_embd}, on {data_dir}", ylabel="nats per token")
@@ -782,7 +830,7 @@ def draw_curve(rows, data):
 
 
 def show_sample(model, data, iteration):
-    """Print what the model writes by itself."""
+    """Print a text that the model writes."""
     start = torch.tensor([data.start], device=model.head().device)
     generator = torch.Generator(start.device).manual_seed(seed)
     temperature = 0.8
@@ -799,25 +847,27 @@ def show_sample(model, data, iteration):
 
 
 # -------------------------------------------------------------------------------------- training
-stop_signals = []  # when they came
+stop_signals = []  # the times at which they arrived
 
 
 def listen(run):
-    """Let Ctrl-C, SIGTERM and SIGHUP end the run after its iteration, a second one at once."""
-    alone = prepare.process_rank()[1] == 1
+    """Let Ctrl-C, SIGTERM and SIGHUP end the run after its iteration, and a second one at once."""
+    rank, world = prepare.process_rank()
 
     def ask_to_stop(number, frame):
-        # torchrun repeats the Ctrl-C that its processes got themselves: soon after, it is the same
-        if stop_signals and (alone or time.monotonic() > stop_signals[0] + 2):
+        if stop_signals and world > 1 and time.monotonic() < stop_signals[0] + 2:
+            return  # torchrun forwards the Ctrl-C that this process already got
+        if stop_signals:
             os._exit(128 + number)
         stop_signals.append(time.monotonic())
         doing = f"\nfinishing iteration {run.iteration + 1:,}, then saving; "
-        with contextlib.suppress(OSError):  # the terminal may have gone
-            os.write(2, f"{doing}Ctrl-C again quits at once\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            if rank == 0:
+                os.write(2, f"{doing}Ctrl-C again quits at once\n".encode())
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # ignored on purpose: nohup
             signal.signal(number, ask_to_stop)
 
 
@@ -827,69 +877,75 @@ def to_device(arrays, machine):
 
 
 @torch.no_grad()
-def evaluate(model, data, machine, split="val"):
-    """The loss over a whole split in fixed windows, as columns of log.csv; None if told to stop."""
-    count = data.meta[f"{split}_tokens"] - 1
-    at_once = machine.micro_batch
-    nats = 0.0
+def evaluate(model, data, machine):
+    """The loss over all of validation, as columns of log.csv; None if a stop signal came."""
     model.eval()
+    count = data.meta["val_tokens"] - 1
+    at_once = max(1, TOKENS_AT_ONCE // block_size)
+    nats = 0.0
     firsts = range(0, math.ceil(count / block_size), at_once * machine.world)
-    hidden = True if machine.rank > 0 else None  # None: where there is no terminal
-    for first in tqdm(firsts, f"evaluating {count:,} tokens", leave=False, delay=3, disable=hidden):
+    for first in tqdm(firsts, f"evaluating {count:,} tokens", leave=False, delay=3,
+                      disable=machine.hide_bar):
         if total(len(stop_signals), machine):
             return None
         starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
-        inputs, targets = to_device(data.windows(split, starts, block_size), machine)
+        inputs, targets = to_device(data.windows("val", starts, block_size), machine)
         with machine.autocast:
             nats += model.loss(inputs, targets).item()
     nats = total(nats, machine)
-    return {f"{split}_loss": nats / count,
-            f"{split}_bpb": nats / math.log(2) / data.meta[f"{split}_bytes"],
-            f"{split}_perplexity": math.exp(min(nats / count, 700))}
+    return {"val_loss": nats / count, "val_bpb": nats / math.log(2) / data.meta["val_bytes"],
+            "val_perplexity": math.exp(min(nats / count, 700))}  # exp(710) overflows
+
+
+def add_gradients(model, inputs, targets, machine):
+    """Add this process's part of the gradient of the mean loss. Returns that part of the loss."""
+    size = machine.micro_batch
+    loss = 0.0
+    for some_inputs, some_targets in zip(inputs.split(size), targets.split(size)):
+        with machine.autocast:
+            part = model.loss(some_inputs, some_targets) / (targets.numel() * machine.world)
+        machine.scaler.scale(part).backward()
+        loss = loss + part.detach()
+    return loss
 
 
 def forward_backward(model, optimizers, inputs, targets, machine):
-    """Put the clipped gradient of the mean loss into the model. Returns that loss and the norm."""
-    size, loss = machine.micro_batch, 0.0
-    model.train().zero_grad()
-    try:
-        for part, wanted in zip(inputs.split(size), targets.split(size)):
-            with machine.autocast:
-                part_loss = model.loss(part, wanted) / (targets.numel() * machine.world)
-            machine.scaler.scale(part_loss).backward()
-            loss = loss + part_loss.detach()
-    except torch.OutOfMemoryError:
-        require(size > 1, f"no memory for one sequence: lower --block_size={block_size}")
-        loss = None  # to try again has to wait until this exception is gone, and all it holds
-    if loss is None:
-        machine.micro_batch = size // 2
-        say(f"out of memory: {machine.micro_batch} sequences at a time, the same tokens as before")
-        return forward_backward(model, optimizers, inputs, targets, machine)
+    """Compute and clip the gradient of the mean loss. Returns that loss and the gradient's norm."""
+    loss = None
+    while loss is None:
+        model.train().zero_grad()
+        try:
+            loss = add_gradients(model, inputs, targets, machine)
+        except torch.OutOfMemoryError:
+            require(machine.micro_batch > 1,
+                    f"out of memory with one sequence: lower --block_size={block_size}")
+            machine.micro_batch //= 2
+            say(f"out of memory: {machine.micro_batch} sequences at a time now, the same results")
 
     if machine.world > 1:
         for p in model.parameters():
             dist.all_reduce(p.grad)
-    for one in optimizers:
-        machine.scaler.unscale_(one)
+    for opt in optimizers:
+        machine.scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     return total(loss.item(), machine), norm.item()
 
 
 def update(optimizers, rate, machine):
     """Step the optimizers, each group of parameters at its share of the learning rate."""
-    for one in optimizers:
-        for group in one.param_groups:
-            group["lr"] = rate * group.get("share", 1)
-        machine.scaler.step(one)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["lr"] = rate * group.get("scale", 1)
+        machine.scaler.step(opt)
 
 
 def is_due(iteration):
-    """Whether to evaluate and save after so many iterations."""
+    """Whether to evaluate and save at an iteration."""
     return iteration % eval_interval == 0 or iteration >= max_iters
 
 
-def take_stock(model, data, run, optimizers, machine):
-    """Evaluate, log, save and sample, or only save when told to stop. Returns whether told so."""
+def evaluate_and_save(model, data, run, optimizers, machine):
+    """Evaluate, log, save and sample, if due; only save if a stop signal came, and return True."""
     scores = None
     if is_due(run.iteration) and run.val_loss is None:
         if not run.rows:
@@ -900,13 +956,16 @@ def take_stock(model, data, run, optimizers, machine):
         run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
         run.record(**scores)
         say(f"iteration {run.iteration:,}: {result_line(scores)}")
-    if machine.rank == 0 and scores:
+    if machine.rank > 0:
+        return stopping
+
+    if scores:
         write_log(run.rows)
         with tolerated("drawing loss.png", Exception):
             draw_curve(run.rows, data)
-    if machine.rank == 0 and (scores or stopping) and run.iteration > 0:
+    if (scores or stopping) and run.iteration > 0:
         save_checkpoint(model, data, run, optimizers, machine)
-    if machine.rank == 0 and scores:
+    if scores:
         show_sample(model, data, run.iteration)
     return stopping
 
@@ -916,17 +975,17 @@ def result_line(scores):
             f"perplexity {scores['val_perplexity']:.2f}")
 
 
-def say_goodbye(run, began_at):
-    """Say how the run ended, and what can be done next."""
+def say_goodbye(run, first_iteration):
+    """Print how the run ended, and what to do next."""
     if run.iteration < max_iters:
         kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
-    if began_at >= max_iters:
-        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} adds iterations")
+    if first_iteration >= max_iters:
+        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} trains longer")
     best = min((row for row in run.rows if "val_loss" in row), key=lambda row: row["val_loss"])
     say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
         f"sample it: python sample.py --model={out_dir}\n"
-        f"on a page: python sample.py --model={out_dir} --web=true")
+        f"in a browser: python sample.py --model={out_dir} --web=true")
 
 
 def main():
@@ -936,30 +995,31 @@ def main():
     machine = set_up_machine()
     if machine.rank == 0 and not eval_only:
         prepare.lock(out_dir)
-    source, before = find_start()
+    source, saved = find_start()
     require(source or not eval_only, f"--eval_only needs a run in {out_dir}, or --init_from=MODEL")
     data = open_data(source)
-    settle(before, data)
+    resolve_settings(saved, data)
 
     model = make_model(source, data).to(machine.device)
     optimizers = make_optimizers(model)
-    run = restore(source, optimizers, machine) if before else Run()
+    run = restore(source, optimizers, machine) if saved else Run()
     report(flags, model, data, run, machine, source)
-    listen(run)
     compile_model(model, machine)
     if eval_only:
         return say(result_line(evaluate(model, data, machine)))
+    listen(run)
     if wandb_log and machine.rank == 0:
         start_wandb(run)
 
     sequences = batch_size * gradient_accumulation_steps
     share = sequences // machine.world  # of this process
-    began_at, skipped = run.iteration, 0
-    bar = tqdm(total=max_iters, initial=began_at, dynamic_ncols=True,
-               disable=True if machine.rank > 0 else None,  # None: where there is no terminal
+    first_iteration = run.iteration
+    skipped = 0  # updates in a row
+    bar = tqdm(total=max_iters, initial=first_iteration, dynamic_ncols=True,
+               disable=machine.hide_bar,
                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}")
     while True:
-        stopping = take_stock(model, data, run, optimizers, machine)
+        stopping = evaluate_and_save(model, data, run, optimizers, machine)
         if stopping or run.iteration >= max_iters:
             break
 
@@ -994,7 +1054,7 @@ def main():
                 say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
     bar.close()
-    say_goodbye(run, began_at)
+    say_goodbye(run, first_iteration)
     if machine.world > 1:
         dist.destroy_process_group()
 
