@@ -1,21 +1,19 @@
 """
 Turn text into tokens: train.bin and val.bin (little-endian uint16), tokenizer.json, meta.json.
 
-$ python prepare.py                                    # input.txt, with a BPE made for it
+$ python prepare.py                                    # input.txt, with a BPE trained on it
 $ python prepare.py --input=my.txt --data_dir=data-mine
 $ python prepare.py --input=stories/,more.jsonl.gz --tokenizer=HuggingFaceTB/SmolLM2-135M
 $ zcat notes.gz | python prepare.py --input=- --data_dir=data-notes
 
 Then `python train.py --data_dir=data-mine` trains on it. This file also reads the tokens back, and
-holds what all three scripts share: settings from the command line, and errors of one line.
+holds what all three scripts share: settings from the command line, and one-line errors.
 """
 import ast
-import bisect
 import codecs
 import contextlib
 import difflib
 import functools
-import glob
 import gzip
 import hashlib
 import io
@@ -33,37 +31,40 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- settings
 
 # text: anything in UTF-8, .jsonl, .json (a list), .parquet, and each of them as .gz or .zst
-input = "input.txt"  # a file, a folder, a glob, a URL, several with commas between, - for a pipe
-text_field = "text"  # what the text is called in JSON and parquet
-val_fraction = 0.1   # of the bytes, the last ones, for validation: at most 10 MB
+input = "input.txt"  # a file, a folder, a glob or a URL, several separated by commas, - for a pipe
+text_field = "text"  # the text's field in JSON, or its column in parquet
+val_fraction = 0.1   # share of the text, from its end, for validation: at most 10 MB
 
 # tokens
-tokenizer = "bpe"    # bpe: made from the training text; or a tokenizer.json, its folder, a hub id
+tokenizer = "bpe"    # bpe (trained on the training text), a tokenizer.json, its folder, a hub id
 vocab_size = 2048    # of that BPE: 257 to 65536
-data_dir = "data"    # where the four files go
+data_dir = "data"    # the folder to write
 
 # ------------------------------------------------------------------------------------ constants
 
 SPLITS = ("train", "val")
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-VAL_LIMIT = 10_000_000  # bytes: evaluating all of the validation split stays cheap on any text
-BPE_TEXT = 2 ** 26      # bytes: a BPE is made from about so much, spread over the training text
+VAL_LIMIT = 10_000_000  # bytes: keeps evaluating all of the validation split cheap
+BPE_TEXT = 2 ** 26      # bytes: a BPE is trained on about this much, sampled evenly
 BLOCK = 2 ** 20         # bytes read at a time
 PIECE = 2 ** 15         # characters that a core encodes at a time
-BATCH = 32              # pieces that the cores share; their tokens take 100 times the memory
-REACH = 99              # characters beyond a place in which the end of a word is looked for
-AROUND = 256            # characters on either side of a cut that tell whether it changes a token
+BATCH = 32              # pieces that the cores share
+WORD_REACH = 99         # characters in which the end of a word is looked for
+AROUND = 256            # characters on each side of a cut that show whether it changes a token
+CONTEXT = AROUND // 2 + 1
 TIMEOUT = 30            # seconds that a download may stall
 
 MARK = "<|endoftext|>"  # ends a document in plain text, and is the token that ends it in the BPE
+END = MARK + "\n"       # how each document ends in the spool
 END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]",
               "[SEP]")
+TABLES = (".csv", ".tsv")  # refused
 
 # where validation may begin, best first: after a document, before a blank line, after a line,
 # before a space, before any character
@@ -71,9 +72,9 @@ BOUNDARIES = (rb"<\|endoftext\|>\n?", rb"\n(?=\n)", rb"\n", rb"(?= )", rb"(?=[^\
 
 
 def check_settings():
-    """Refuse the values that a setting must not have."""
-    require(257 <= vocab_size <= 65536, f"--vocab_size={vocab_size}: 257 to 65536 are possible")
-    require(0 < val_fraction < 1, f"--val_fraction={val_fraction}: it lies between 0 and 1")
+    """Refuse invalid settings."""
+    require(257 <= vocab_size <= 65536, f"--vocab_size={vocab_size} must be from 257 to 65536")
+    require(0 < val_fraction < 1, f"--val_fraction={val_fraction} must be between 0 and 1")
     require(text_field, "--text_field= is empty: name a field, as in --text_field=text")
     require(data_dir, "--data_dir= is empty: name a folder, as in --data_dir=data")
 
@@ -82,32 +83,36 @@ def check_settings():
 
 def find_files(names, data_dir, work):
     """The paths that --input means, in order. Downloads go to the folder `work`."""
-    whole = os.path.exists(os.path.expanduser(names))  # a name may have commas in it
+    is_one_name = os.path.exists(os.path.expanduser(names))  # which may have commas in it
     files = []
-    for name in [names] if whole else names.split(","):
+    for name in [names] if is_one_name else names.split(","):
         name = os.path.expanduser(name.strip())
         if "://" in name:
             files.append(download(name, work))
-        elif name == "-" or os.path.exists(name) and not os.path.isdir(name):
-            files.append(name)
         elif os.path.isdir(name):
             require(Path(name).resolve() not in (data_dir, *data_dir.parents),
-                    f"--data_dir={data_dir} lies in --input={name}: choose another place")
+                    f"--data_dir={data_dir} is inside --input={name}: choose another folder")
             files += files_under(name)
+        elif name == "-" or os.path.exists(name):
+            files.append(name)
         elif name:
-            found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+            root = Path(name).anchor or "."
+            found = filter(Path.is_file, Path(root).glob(os.path.relpath(name, root)))
+            found = each_once(map(str, found))
             require(found, f"there is no file {name}")
-            real = {}
-            for path in found:
-                real.setdefault(os.path.realpath(path), path)  # ** may follow a link in circles
-            files += real.values()
+            files += found
     require(files, "--input names no file: give one, as in --input=input.txt")
     return files
 
 
+def each_once(paths):
+    """The paths, sorted, without links to another of them."""
+    return sorted({os.path.realpath(path): path for path in paths}.values())
+
+
 def files_under(folder):
-    """The text files under a folder, each once whatever links there are, without hidden ones."""
-    found = {}
+    """The text files in a folder and its subfolders, linked ones too; hidden ones are left out."""
+    paths = []
     entered = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(where) in entered:
@@ -115,22 +120,23 @@ def files_under(folder):
             continue
         entered.add(os.path.realpath(where))
         folders[:] = [name for name in folders if name[0] != "."]
-        for name in names:
-            path = os.path.join(where, name)
-            if os.path.isfile(path) and name[0] != ".":
-                found[os.path.realpath(path)] = path
+        paths += [os.path.join(where, name) for name in names if name[0] != "."]
 
-    files = sorted(path for path in found.values() if is_text(path))
+    found = each_once(filter(os.path.isfile, paths))
+    files = list(filter(is_text, found))
     skipped = len(found) - len(files)
-    require(files, f"{folder}: there is no text in this folder, {skipped:,} files skipped")
+    require(files, f"{folder}: no text files in this folder, {skipped:,} files skipped")
     print(f"{folder}: {len(files):,} files, {skipped:,} skipped: not text")
     return files
 
 
 def is_text(path):
-    """Whether a file is parquet, or begins without a zero byte, as text does."""
+    """Whether a file of a folder can be read: text, parquet, or a list in JSON, but no table."""
     with explained(f"cannot read {path}", Exception), open_file(path) as file:
         start = file.read(BLOCK)
+    kind = kind_of(path)
+    if kind in TABLES or (kind == ".json" and start[:1] != b"["):
+        return False
     return start[:4] == b"PAR1" or b"\0" not in start
 
 
@@ -141,17 +147,22 @@ def download(url, work):
         name = os.path.basename(urllib.parse.urlsplit(url).path) or "page"
         path = os.path.join(tempfile.mkdtemp(dir=work), name)
         ascii_url = urllib.parse.quote(url, safe=string.punctuation)
-        # this also compares the length with the one that was announced
+        # urlretrieve also checks the length that was announced
         urllib.request.urlretrieve(ascii_url, path, lambda _, size, total: bar.update(size))
     return path
 
 
 # --------------------------------------------------------------------------- files → documents
 
+def kind_of(path):
+    """The suffix that tells what is in a file: that before .gz or .zst."""
+    return Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
+
+
 def spool(files, text_field, file):
     """
-    Copy all text into one file, with MARK after each document, so that every source is read once
-    and what follows sees one form. Returns [(the byte where a source begins, its path)].
+    Copy all text into one file, with END after each document: each source is read once, and the
+    steps after this one see plain text only. Returns [(the byte where a source begins, its path)].
     """
     starts = []
     with progress("reading") as bar:
@@ -165,28 +176,28 @@ def spool(files, text_field, file):
 
 
 def read(path, text_field):
-    """Yield the text of a file in parts, with MARK after each document."""
-    kind = Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
-    require(kind not in (".csv", ".tsv"), f"{path}: {kind} is not read, make a .jsonl or .parquet "
-            "of it and name the column with --text_field")
+    """Yield the text of a file in parts, with END after each document."""
+    kind = kind_of(path)
+    require(kind not in TABLES, f"{path}: {kind} is not supported, convert it to .jsonl or "
+                                ".parquet and name the column with --text_field")
     with open_file(path) as file:
         first = file.peek(1)[:1]
         if kind == "" and first == b"{" and not os.path.isfile(path):
             kind = ".jsonl"  # a pipe has no name that would say so
         if kind in (".jsonl", ".ndjson", ".json", ".parquet"):
             yield from read_records(path, file, kind, text_field)
-        else:
+        elif first:
             yield from read_plain(path, file)
-            yield MARK
+            yield END
 
 
 def open_file(path):
     """The bytes of a file, or of standard input for -, unpacked."""
     if path == "-":
         return sys.stdin.buffer
-    file = open(path, "rb")
     if path.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=file)
+        return gzip.open(path)
+    file = open(path, "rb")
     if path.lower().endswith(".zst"):
         import zstandard
         unpacker = zstandard.ZstdDecompressor()
@@ -202,20 +213,20 @@ def read_plain(path, file):
     block = True
     while block:
         block = file.read(BLOCK)
-        require(b"\0" not in block, f"{path} is not text: it holds zero bytes")
+        require(b"\0" not in block, f"{path} is not text: it contains NUL bytes")
         done += len(block)
         try:
             yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             place = done - len(error.object) + error.start
-            fail(f"{path}: byte {place:,} is not UTF-8: convert it, as iconv -t UTF-8 does")
+            fail(f"{path}: byte {place:,} is not UTF-8: convert it, for example with iconv")
 
 
 def read_records(path, file, kind, text_field):
     """Yield the documents in JSON lines, in a JSON list, or in a column of parquet."""
     if kind == ".parquet":
         from pyarrow.parquet import ParquetFile
-        batches = ParquetFile(file).iter_batches(256)
+        batches = ParquetFile(file).iter_batches(256, columns=[text_field])
         rows = (row for batch in batches for row in batch.to_pylist())
     elif kind == ".json" and file.peek(1)[:1] == b"[":
         rows = json.load(file)
@@ -223,20 +234,24 @@ def read_records(path, file, kind, text_field):
         rows = file
 
     for number, row in enumerate(rows, 1):
+        if isinstance(row, bytes) and not row.strip():
+            continue  # a blank line
         try:
             if isinstance(row, bytes):
-                row = json.loads(row.strip() or "null")
-            text = "" if row is None else row[text_field]
-            text.encode()  # half a character cannot be
+                row = json.loads(row)
+            text = row[text_field]
+            if text is None:
+                continue
+            text.encode()  # fails on half a surrogate pair
         except (ValueError, LookupError, TypeError, AttributeError):
-            fail(f"{path}, line {number:,}: this is no object with a text named {text_field}; "
+            fail(f"{path}, line {number:,}: expected an object with a text named {text_field}; "
                  "--text_field=NAME gives another name")
         if text:
-            yield re.sub("\r\n?", "\n", text) + MARK
+            yield re.sub("\r\n?", "\n", text) + END
 
 
 def progress(what, size=None):
-    """A bar that counts bytes on a terminal; elsewhere a line that says what begins."""
+    """A bar that counts bytes, on a terminal; otherwise one line that says what has started."""
     if not sys.stderr.isatty():
         print(f"{what} ...", flush=True)
     return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=None)
@@ -245,15 +260,15 @@ def progress(what, size=None):
 # ------------------------------------------------------------------- the split, and its documents
 
 def find_split(file, size, val_fraction):
-    """The byte of the spool at which validation begins: the best boundary near the one asked."""
+    """The byte of the spool at which validation begins: the best boundary near the place wanted."""
     wanted = min(val_fraction * size, VAL_LIMIT)
     target = round(size - wanted)
-    reach = int(min(size, 10 * wanted) / 100)  # so that the share asked for holds within 1 %
-    reach = max(reach, len(MARK) + 1)          # in a tiny text, a mark or character is not cut
-    low = max(1, target - reach)
-    high = min(size - len(MARK) - 1, target + reach)
+    one_percent = int(min(size, 10 * wanted) / 100)
+    reach = max(one_percent, len(END))  # in a tiny text, a mark or a character is not cut
+    low = max(1, target - reach, size - VAL_LIMIT - len(END))
+    high = max(0, min(size - len(END) - 1, target + reach))
 
-    start = max(0, low - len(MARK) - 1)
+    start = max(0, low - len(END))  # a mark that ends in the range may begin before it
     file.seek(start)
     window = file.read(high + 1 - start)
     for boundary in BOUNDARIES:
@@ -261,7 +276,8 @@ def find_split(file, size, val_fraction):
         places = [place for place in places if low <= place <= high]
         if places:
             return min(places, key=lambda place: abs(place - target))
-    fail(f"{size - len(MARK):,} bytes of text are too little for training and validation")
+    fail(f"{max(0, size - len(END)):,} bytes are too little text to split into training and "
+         "validation")
 
 
 def documents(file, start, stop):
@@ -271,7 +287,7 @@ def documents(file, start, stop):
     rest = b""
     file.seek(start)
     while block := file.read(min(BLOCK, stop - file.tell())):
-        # the last bytes wait for the next block, since a mark may lie across its beginning
+        # the last bytes wait for the next block: a mark may continue there
         *ended, rest = re.split(mark, rest + block)
         yield from ((decoder.decode(text), True) for text in ended)
         yield decoder.decode(rest[:-len(MARK)]), False
@@ -283,32 +299,35 @@ def documents(file, start, stop):
 
 def train_bpe(texts, vocab_size):
     """A BPE like SmolLM2's, but with all 256 bytes, so that no text is lost."""
-    bpe = ByteLevelBPETokenizer()
+    bpe = Tokenizer(models.BPE())
     words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     bpe.pre_tokenizer = pre_tokenizers.Sequence(words)
-    shown = sys.stderr.isatty()
-    bpe.train_from_iterator(short(texts), vocab_size, show_progress=shown, special_tokens=[MARK])
-    return Tokenizer.from_str(bpe.to_str())
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=[MARK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty())
+    bpe.train_from_iterator(short(texts), trainer)
+    return bpe
 
 
 def short(texts):
-    """Cut (text, ...) at ends of words. Cut very long words, too: they would take minutes."""
+    """Cut texts at ends of words, and very long words anywhere: they would take minutes."""
     for text, _ in texts:
         start = 0
-        for cut in word_ends(text, range(256, len(text), 256)):
+        for place in range(256, len(text), 256):
+            cut = end_of_word(text, place)
             yield text[start:cut]
             start = cut
         yield text[start:]
 
 
-def word_ends(text, places):
-    """For each place, the end of the first word that ends soon after it, else the place."""
-    for place in places:
-        word = re.compile(r"\w\b").search(text, place, place + REACH)
-        yield word.end() if word else place
+def end_of_word(text, place):
+    """The end of the first word that ends soon after a place, else the place."""
+    word = re.compile(r"\w\b").search(text, place, place + WORD_REACH)
+    return word.end() if word else place
 
 
-def ids_of(tokenizer):
+def vocabulary_of(tokenizer):
     """(the number of ids, the id that ends a document) of a tokenizer, if we can use it."""
     ids = tokenizer.get_vocab()
     size = 1 + max(ids.values(), default=0)
@@ -322,51 +341,58 @@ def ids_of(tokenizer):
 
 def pieces(documents, tokenizer):
     """
-    Cut documents, given as (text, whether one ends there), into (text, known, skip, ends). Each
-    text begins with `known` characters of context, which have `skip` tokens. The other tokens are,
-    in a row, those of the whole documents.
+    Cut documents, given as (text, whether one ends there), into (context, text, ends). The tokens
+    of a piece are those of context + text, less those of the context; joined, the pieces have the
+    tokens of the whole documents.
     """
-    text, known, skip = "", 0, 0
+    text = ""
+    start = tried = 0  # text[:start] is context; cuts were tried up to `tried`
     for part, ends in documents:
         text += part
-        start = 0
-        for cut, tokens in safe_cuts(text, known, tokenizer):
-            yield text[start:cut], known, skip, False
-            start = max(0, cut - AROUND // 2 - 1)
-            known, skip = cut - start, tokens
-        text = text[start:]
-        if ends and text:
-            yield text, known, skip, True
+        while (place := max(start, tried) + PIECE) < len(text) - AROUND - WORD_REACH:
+            tried = place
+            cut = end_of_word(text, place)
+            if is_safe(text, cut, tokenizer):
+                yield text[max(0, start - CONTEXT):start], text[start:cut], False
+                start = cut
+
+        done = max(0, start - CONTEXT)
+        text = text[done:]
+        start -= done
+        tried -= done
+        if ends and text[start:]:
+            yield text[:start], text[start:], True
         if ends:
-            text, known, skip = "", 0, 0
-    if text:
-        yield text, known, skip, False
+            text = ""
+            start = tried = 0
+    if text[start:]:
+        yield text[:start], text[start:], False
 
 
-def safe_cuts(text, known, tokenizer):
+def is_safe(text, cut, tokenizer):
     """
-    Where a text can be cut without changing its tokens, as [(cut, tokens of the context before)].
-    The tokens before a cut must not depend on how much follows, nor those after it on how much
-    comes before. Two lengths without a common factor are tried, or a repeated string would pass.
+    Whether a cut changes no token: those before it must not depend on how much follows, nor those
+    after it on how much comes before. With two lengths, or a text that repeats itself would pass.
     """
-    cuts = list(word_ends(text, range(known + PIECE, len(text) - AROUND - REACH, PIECE)))
-    lengths = (AROUND, AROUND // 2 + 1)
-    tests = []
-    for cut in cuts:
-        for before in lengths:
-            start = max(0, cut - before)
-            tests += [text[start:cut + after] for after in (0, *lengths)]
-    codes = tokenizer.encode_batch_fast(tests, add_special_tokens=False)
-    tokens = [code.ids for code in codes]
+    first, last = max(1, cut - AROUND), cut + AROUND
+    if text[first - 1] == text[first] or text[last - 1] == text[last]:
+        return False  # the tokens of a run of one character can depend on its whole length
+    if isinstance(tokenizer.model, models.Unigram) and tokenizer.pre_tokenizer is None:
+        return False  # which tokens are likeliest can depend on all of the text
+    tails = []
+    for before in (AROUND, CONTEXT):
+        head = text[max(0, cut - before):cut]
+        texts = [head, head + text[cut:cut + AROUND], head + text[cut:cut + CONTEXT]]
+        left, *both = encode(tokenizer, texts)
+        if any(ids[:len(left)] != left for ids in both):
+            return False
+        tails.append(both[0][len(left):])
+    return tails[0] == tails[1] != []
 
-    safe = []
-    for number, cut in enumerate(cuts):
-        far, far_long, far_short, near, near_long, near_short = tokens[6 * number:6 * number + 6]
-        left_stays = (far == far_long[:len(far)] == far_short[:len(far)]
-                      and near == near_long[:len(near)] == near_short[:len(near)])
-        if left_stays and far_long[len(far):] == near_long[len(near):]:
-            safe.append((cut, len(near)))
-    return safe
+
+def encode(tokenizer, texts):
+    """The token ids of each text, without its frame, by all cores."""
+    return [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def write_tokens(path, documents, tokenizer, bar):
@@ -375,21 +401,21 @@ def write_tokens(path, documents, tokenizer, bar):
     text. Returns (tokens, bytes of text, bytes that no token stands for, white space aside).
     """
     prefix = prefix_ids(tokenizer)
-    eot = ids_of(tokenizer)[1]
-    kept = byte_counter(tokenizer)
+    eot = vocabulary_of(tokenizer)[1]
+    bytes_of = byte_counter(tokenizer)
     size = lost = 0
     begins = True
-    cut = pieces(documents, tokenizer)
+    all_pieces = pieces(documents, tokenizer)
     with open(path, "wb") as file:
-        file.write(np.array([eot], "<u2").tobytes())  # the first document follows one, too
-        while batch := list(itertools.islice(cut, BATCH)):
-            texts = [text for text, *_ in batch]
-            codes = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for (text, known, skip, ends), code in zip(batch, codes):
-                ids = code.ids[skip:]
-                data = text[known:].encode()
+        file.write(np.array([eot], "<u2").tobytes())  # so that the first document follows one, too
+        while batch := list(itertools.islice(all_pieces, BATCH)):
+            contexts = encode(tokenizer, [context for context, *_ in batch])
+            wholes = encode(tokenizer, [context + text for context, text, _ in batch])
+            for (_, text, ends), known, ids in zip(batch, contexts, wholes):
+                ids = ids[len(known):]
+                data = text.encode()
                 size += len(data)
-                lost += visible(data) - kept(ids)
+                lost += visible(data) - bytes_of(ids)
                 bar.update(len(data))
 
                 if begins:
@@ -406,13 +432,13 @@ def byte_counter(tokenizer):
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         return lambda ids: visible(tokenizer.decode(ids).encode())
     # here a token is written with one letter for each byte, and these letters are white space
-    tokens = [tokenizer.id_to_token(number) or "" for number in range(ids_of(tokenizer)[0])]
+    tokens = [tokenizer.id_to_token(number) or "" for number in range(vocabulary_of(tokenizer)[0])]
     sizes = np.array([len(re.sub("[ĠĉĊċČč]", "", token)) for token in tokens])
     return lambda ids: int(sizes[ids].sum())
 
 
 def visible(data):
-    """The number of bytes that are no white space."""
+    """The number of bytes that are not white space."""
     return len(data.translate(None, b" \t\n\v\f\r"))
 
 
@@ -420,17 +446,19 @@ def visible(data):
 
 def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
             data_dir=data_dir, text_field=text_field):
-    """Make the folder data_dir of a text, whole or not at all, and print what is in it."""
+    """Prepare a text into data_dir, all or nothing, and print what is in it."""
+    # ended like this, the temporary folder goes, too
+    on_signal(lambda *_: fail("stopped: run the same command again"), "SIGINT", "SIGTERM")
     folder = Path(data_dir).resolve()
     check_folder(folder)
-    near = next(path for path in folder.parents if path.exists())
+    parent = next(path for path in folder.parents if path.exists())
     with explained(f"cannot make {data_dir}", OSError), \
-            tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=near) as work, \
+            tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as work, \
             tempfile.TemporaryFile(dir=work) as file:
         coder = None
         if tokenizer != "bpe":
             coder = load_tokenizer(tokenizer)
-            ids_of(coder)  # fails now, and not after an hour
+            vocabulary_of(coder)  # fail now rather than after an hour
 
         starts = spool(find_files(input, folder, work), text_field, file)
         size = file.tell()
@@ -451,14 +479,14 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
 
 def write_folder(folder, file, ranges, tokenizer):
     """Write the four files. Returns what is in meta.json, and how many bytes have no token."""
-    vocabulary, eot = ids_of(tokenizer)
+    vocabulary, eot = vocabulary_of(tokenizer)
     meta = {"vocab_size": vocabulary, "eos_token_id": eot}
     all_lost = 0
     with progress("tokenizing", ranges["val"][1]) as bar:
         for split, (start, stop) in ranges.items():
             texts = documents(file, start, stop)
             tokens, size, lost = write_tokens(folder / f"{split}.bin", texts, tokenizer, bar)
-            require(tokens > 1, f"the {split} part of the text, {size:,} bytes, has no token")
+            require(tokens > 1, f"the {split} split, {size:,} bytes, has no tokens")
             meta[f"{split}_tokens"] = tokens
             meta[f"{split}_bytes"] = size
             all_lost += lost
@@ -470,37 +498,41 @@ def write_folder(folder, file, ranges, tokenizer):
 
 def check_folder(folder):
     """Refuse a data_dir with other files in it: the whole folder will be replaced."""
-    require(folder.is_dir() or not folder.exists(), f"--data_dir={folder} is not a folder")
-    names = os.listdir(folder) if folder.exists() else []
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        fail(f"--data_dir={folder} is not a folder")
     other = sorted(set(names) - {"train.bin", "val.bin", "tokenizer.json", "meta.json"})
-    require(not other, f"--data_dir={folder} holds {', '.join(other[:3])}, not of prepare.py: "
-            "choose another folder, as this one is replaced")
+    require(not other, f"--data_dir={folder} holds {', '.join(other[:3])}, which prepare.py did "
+                       "not write: choose another folder, since this one would be replaced")
 
 
 def put_in_place(new, folder, work):
-    """Replace a folder by a finished one. Of several at once the last wins, whole."""
+    """Replace a folder with a finished one. Of several at once the last wins, whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    while new.exists():
+    tries = 100
+    for number in range(tries):
         check_folder(folder)
-        old = Path(tempfile.mkdtemp(dir=work), "old")
+        old = Path(work, f"old-{number}")
         try:
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(old)
-            new.rename(folder)
+            return new.rename(folder)
         except OSError:
-            # another preparation may just have put its own there: once more
-            if not folder.exists():
-                raise
+            if number == tries - 1:
+                raise  # else another preparation has just put its own there: try again
         finally:
             if old.exists() and not folder.exists():
                 old.rename(folder)
 
 
 def report(meta, lost, starts, split, data_dir):
-    """Say what was made, and what to run next."""
-    first = bisect.bisect([start for start, _ in starts], split)
-    more = len(starts) - first
-    place = starts[first - 1][1] + (f" and {more:,} files after it" if more else "")
+    """Print what was made, and what to run next."""
+    begun = [path for start, path in starts if start <= split]
+    more = len(starts) - len(begun)
+    place = begun[-1] + (f" and {more:,} files after it" if more else "")
     share = meta["val_bytes"] / (meta["train_bytes"] + meta["val_bytes"])
     for name in SPLITS:
         print(f"{name}: {meta[f'{name}_bytes']:,} bytes, {meta[f'{name}_tokens']:,} tokens")
@@ -531,7 +563,7 @@ class Data:
             found[f"{split}_tokens"] = os.fstat(file.fileno()).st_size // 2
         for name, value in found.items():
             require(self.meta.get(name) == value,
-                    f"{folder}/meta.json is of other files than those beside it: {again}")
+                    f"{folder}/meta.json does not match the files next to it: {again}")
         self.folder = folder
         self.eot = self.meta["eos_token_id"]
         self.start = prefix_ids(self.tokenizer) or [self.eot]  # what an empty prompt stands for
@@ -541,7 +573,7 @@ class Data:
         The `length` tokens from each of `starts` on, and the tokens that follow them, as
         (inputs, targets): int64, both (len(starts), length). Past the end targets are -1.
         """
-        # mapped anew each time: a map that stays keeps all it ever read in memory
+        # a map that stays open keeps every page that it has read in memory
         ids = np.memmap(self.files[split], "<u2", "r")
         places = np.add.outer(starts, np.arange(length + 1))
         tokens = np.where(places < len(ids), ids.take(places, mode="clip").astype(np.int64), -1)
@@ -552,8 +584,8 @@ class Data:
 
     def training_batch(self, first, count, length, seed):
         """
-        Sequences number `first` to `first + count - 1` of a run, as (inputs, targets). An epoch has
-        each window of `length` tokens once, in an order of its own, from an offset of its own.
+        Sequences `first` to `first + count - 1` of a run, as (inputs, targets). An epoch has each
+        window of `length` tokens once, in an order of its own, from an offset of its own.
         """
         per_epoch = self.meta["train_tokens"] // length - 1
         starts = []
@@ -577,7 +609,7 @@ def configure(config, argv, presets=lambda flags: {}):
     """
     Set the settings of a script, given as its globals(), from its command line: --key=value,
     --key value, --switch alone, or a file of `key = value` lines. What presets(flags) returns is
-    laid over the block first. Returns {name: value} of what the command line gave.
+    applied before the flags. Returns {name: value} of what the command line gave.
     """
     settings = settings_of(config)
     flags = {}
@@ -588,13 +620,17 @@ def configure(config, argv, presets=lambda flags: {}):
             show_help(config)
             sys.exit()
         if word.endswith(".py") and not word.startswith("--"):
-            flags |= read_config_file(word, settings)
+            words = flags_in_file(word) + words
             continue
 
         require(word.startswith("--"), f"{word}: a flag looks like --key=value; --help lists them")
         name, equals, text = word[2:].partition("=")
-        if not equals:
-            text = following_value(name, words, settings)
+        if not equals and isinstance(settings.get(name), bool):
+            has_value = words and words[0].lower() in BOOLEANS
+            text = words.pop(0) if has_value else "true"
+        elif not equals and name in settings:
+            require(words and not words[0].startswith("--"), f"{word} needs a value: {word}=VALUE")
+            text = words.pop(0)
         flags[name] = parse(name, text, settings)
 
     config.update(presets(flags) | flags)
@@ -607,31 +643,21 @@ def settings_of(config):
             if name.islower() and name[0] != "_" and isinstance(value, (bool, int, float, str))}
 
 
-def following_value(name, words, settings):
-    """The value of a flag without "=": the next word, taken from `words`, or true for a switch."""
-    has_value = bool(words) and not words[0].startswith("--")
-    if isinstance(settings.get(name), bool):
-        return words.pop(0) if has_value and words[0].lower() in BOOLEANS else "true"
-    if has_value:
-        return words.pop(0)
-    return ""
-
-
-def read_config_file(path, settings):
-    """{name: value} of the lines `name = value` in a file like nanoGPT's configs. Runs nothing."""
-    flags = {}
+def flags_in_file(path):
+    """The lines `name = value` of a file like nanoGPT's configs, as flags. Runs nothing."""
+    flags = []
     with explained(f"cannot read {path}", OSError, SyntaxError, ValueError):
         for line in ast.parse(Path(path).read_text("utf-8")).body:
             if isinstance(line, ast.Assign):
-                name = ast.unparse(line.targets[0])
-                flags[name] = parse(name, str(ast.literal_eval(line.value)), settings)
+                value = ast.literal_eval(line.value)
+                flags += [f"--{ast.unparse(name)}={value}" for name in line.targets]
             elif not isinstance(line, ast.Expr):
                 raise ValueError(f"line {line.lineno} is not of the form name = value")
     return flags
 
 
 def parse(name, text, settings):
-    """The value that a text gives a setting: of the type that the setting has in the block."""
+    """The text of a flag, converted to the type of its default."""
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=1)
         hint = f": did you mean --{near[0]}?" if near else ", see --help"
@@ -643,7 +669,7 @@ def parse(name, text, settings):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
         fail(f"--{name}={text}: {name} is {kind}, as in --{name}={default}")
     if not isinstance(value, str):
-        # only what is -1 in the block, a value to be worked out, may be given as -1
+        # -1, for a value to be worked out, is allowed only where it is the default
         least = min(0, default)
         require(least <= value < float("inf"), f"--{name}={text} must be {least} or more")
     return value
@@ -664,7 +690,7 @@ def load_tokenizer(name):
     path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else str(name)
     # the tokenizers library raises plain Exception, so nothing finer can be named
     with explained(f"cannot load the tokenizer {name}", Exception):
-        if os.path.exists(path):
+        if os.path.exists(path) or path.endswith(".json"):
             tokenizer = Tokenizer.from_file(path)
         else:
             tokenizer = Tokenizer.from_pretrained(path)
@@ -674,7 +700,7 @@ def load_tokenizer(name):
 
 
 def fingerprint(tokenizer):
-    """sha256 of what a tokenizer does, however its file is laid out."""
+    """sha256 of a tokenizer, however its file is laid out."""
     return hashlib.sha256(json.dumps(json.loads(tokenizer.to_str())).encode()).hexdigest()
 
 
@@ -686,7 +712,7 @@ def prefix_ids(tokenizer):
 
 
 def process_rank():
-    """(rank, number of processes), as torchrun gives them. One stray variable means nothing."""
+    """(rank, number of processes), as torchrun sets them. A stray variable alone is ignored."""
     values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
     if not all(value.isdigit() for value in values) or "MASTER_ADDR" not in os.environ:
         return 0, 1
@@ -717,7 +743,7 @@ def explained(problem, *kinds):
 
 
 def read_json(path):
-    """The values in a JSON file of ours; what cannot be read ends the program with one line."""
+    """The values in a JSON file of ours, or a one-line error."""
     with explained(f"cannot read {path}", OSError, ValueError):
         return json.loads(Path(path).read_text("utf-8"))
 
@@ -735,12 +761,12 @@ def say(line):
 
 @contextlib.contextmanager
 def tolerated(what, *kinds):
-    """Go on without what a run can do without: an exception becomes a warning, once."""
+    """Turn the failure of something that a run can do without into one warning."""
     try:
         yield
     except kinds as error:
         if what not in WARNED:
-            say(f"warning: {what} fails, the run goes on "
+            say(f"warning: {what} failed, continuing without "
                 f"({type(error).__name__}: {str(error)[:200]})")
         WARNED.add(what)
 
@@ -749,7 +775,7 @@ WARNED = set()
 
 
 def lock(folder):
-    """Keep other runs out of a folder while this one lasts, where the file system can."""
+    """Lock a folder for this run, where the file system can."""
     with explained(f"cannot write to {folder}: choose another", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "log.csv").open("a").close()
@@ -757,13 +783,13 @@ def lock(folder):
         import fcntl
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"another run uses {folder}: wait for its end, or choose another --out_dir")
+        fail(f"{folder} is in use by another run: wait for its end, or choose another --out_dir")
     except (ImportError, OSError) as error:
-        say(f"warning: {folder} cannot be locked ({error}): start no second run in it")
+        say(f"warning: {folder} cannot be locked ({error}): do not start a second run in it")
 
 
 class SteadyStream:
-    """A standard stream that ends no run: what cannot be shown is replaced or dropped."""
+    """A standard stream without errors: what cannot be shown is replaced or dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # there is none after 2>&-
@@ -792,17 +818,21 @@ def steady_output():
     sys.stderr = SteadyStream(sys.stderr)
 
 
+def on_signal(handler, *names):
+    """Call handler at these signals, except those ignored on purpose, as SIGHUP under nohup."""
+    for name in names:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     steady_output()
     flags = configure(globals(), sys.argv[1:])
     check_settings()
     require(tokenizer == "bpe" or "vocab_size" not in flags,
-            f"--vocab_size is for --tokenizer=bpe: {tokenizer} has a vocabulary of its own")
-    try:
-        prepare(input, tokenizer, vocab_size, val_fraction, data_dir, text_field)
-    except KeyboardInterrupt:
-        fail(f"stopped, nothing was changed in {data_dir}")
+            f"--vocab_size is for --tokenizer=bpe: {tokenizer} has its own vocabulary")
+    prepare(input, tokenizer, vocab_size, val_fraction, data_dir, text_field)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace on Ctrl-C
+
 import torch
 from tokenizers import decoders
 
@@ -23,31 +26,32 @@ from train import choose_device, compiler_problem, find_model, has_bfloat16, loa
 # -------------------------------------------------------------------------------------- settings
 model = "out"             # an out folder (its best checkpoint), a model folder or a hub id
 prompt = ""               # text, or FILE:path; empty: begin as a document begins
-num_samples = 1           # made together, as one batch
+num_samples = 1           # generated together, as one batch
 max_new_tokens = 300      # of each sample
 temperature = 0.8         # 0: always the likeliest token
-top_k = 0                 # choose among so many of the likeliest tokens; 0: among all
-top_p = 1.0               # among the likeliest tokens that together have this probability
-min_p = 0.0               # among tokens at least this share as likely as the likeliest
-repetition_penalty = 1.0  # above 1: tokens that were there already become less likely
+top_k = 0                 # keep only this many of the likeliest tokens; 0: all
+top_p = 1.0               # keep the likeliest tokens that together have this probability
+min_p = 0.0               # keep tokens with at least this fraction of the top probability
+repetition_penalty = 1.0  # above 1: tokens that occurred already become less likely
 seed = 1337               # the same seed, the same text
 device = "auto"           # auto, cpu, cuda, cuda:1 or mps
 dtype = "auto"            # auto, float32, bfloat16 or float16
-compile = False           # compile the step of one token: 10 to 60 s first, faster after that
-web = False               # serve a page instead (pip install gradio)
+compile = False           # compile the decoding step: 10 to 60 s once, then faster
+web = False               # serve a web page instead (pip install gradio)
 port = 7860               # of the page, on 127.0.0.1
 
 
 def check_settings(values):
-    """Refuse values that cannot be meant: one rule a line."""
+    """Refuse invalid settings."""
     def rule(name, good, text):
         require(good, f"--{name}={values[name]} must be {text}")
 
-    for name in ("num_samples", "max_new_tokens"):
-        rule(name, values[name] >= 1, "1 or more")
+    rule("num_samples", values["num_samples"] >= 1, "1 or more")
+    rule("max_new_tokens", values["max_new_tokens"] >= 1, "1 or more")
     rule("top_p", 0 < values["top_p"] <= 1, "above 0, at most 1")
     rule("min_p", values["min_p"] <= 1, "from 0 to 1")
     rule("repetition_penalty", values["repetition_penalty"] > 0, "above 0")
+    rule("seed", values["seed"] < 2 ** 63, "below 2 ** 63")
     rule("port", 1 <= values["port"] <= 65535, "from 1 to 65535")
     rule("dtype", values["dtype"] in ("auto", "float32", "bfloat16", "float16"),
          "auto, float32, bfloat16 or float16")
@@ -55,29 +59,24 @@ def check_settings(values):
 
 # ----------------------------------------------------------------------------- choosing the tokens
 def chooser(values, device):
-    """A choose(logits (B, V), tokens (B, T)) for Llama.generate, by the settings in `values`."""
+    """A choose(logits (B, V), tokens (B, T)) for Llama.generate, following the settings."""
     generator = torch.Generator(device).manual_seed(values["seed"])
+    penalty = values["repetition_penalty"]  # of CTRL, arXiv:1909.05858
 
     def choose(logits, tokens):
-        if values["repetition_penalty"] != 1:
-            logits = penalize(logits, tokens, values["repetition_penalty"])
+        used = logits.gather(1, tokens)
+        logits = logits.scatter(1, tokens, torch.where(used < 0, used * penalty, used / penalty))
         if values["temperature"] == 0:
             return logits.argmax(1, keepdim=True)
-        logits = logits / values["temperature"]
-        probs = likeliest(logits, values["top_k"], values["top_p"], values["min_p"])
+        logits = (logits - logits.amax(1, keepdim=True)) / values["temperature"]
+        probs = filtered(logits, values["top_k"], values["top_p"], values["min_p"])
         return torch.multinomial(probs, 1, generator=generator)
 
     return choose
 
 
-def penalize(logits, tokens, penalty):
-    """Make tokens that were there already less likely (CTRL, arXiv:1909.05858)."""
-    used = logits.gather(1, tokens)
-    return logits.scatter(1, tokens, torch.where(used < 0, used * penalty, used / penalty))
-
-
-def likeliest(logits, top_k, top_p, min_p):
-    """Probabilities (B, V) of logits (B, V), 0 for what one of the three filters leaves out."""
+def filtered(logits, top_k, top_p, min_p):
+    """Probabilities (B, V) of logits (B, V), 0 for tokens that one of the three filters removes."""
     if 0 < top_k < logits.shape[1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -93,37 +92,42 @@ def likeliest(logits, top_k, top_p, min_p):
 def stop_ids(llama):
     """The token ids that end a text."""
     ids = llama.config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def prompt_ids(tokenizer, text, llama):
     """Token ids of a prompt, which begins as the documents in training do."""
     ids = prepare.prefix_ids(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
     ids = ids or stop_ids(llama)[:1]
-    limit, vocabulary = llama.config.max_position_embeddings, llama.config.vocab_size
+    limit = llama.config.max_position_embeddings
     require(ids, "this model has no end of text to begin with: give a --prompt")
-    require(max(ids) < vocabulary, f"the tokenizer has ids beyond the model's {vocabulary:,}")
-    require(len(ids) <= limit, f"the prompt has {len(ids):,} tokens, more than the model's context "
-                               f"of {limit:,}: shorten it")
+    require(max(ids) < llama.config.vocab_size, "the tokenizer has ids that the model has not")
+    require(len(ids) <= limit,
+            f"the prompt has {len(ids):,} tokens, the model's context {limit:,}: shorten it")
     return ids
 
 
 def stream(llama, tokenizer, ids, values):
     """
-    Yield what is new in each of num_samples texts after the token ids, one place after the other: a
-    list of strings of whole characters. A text that has come to its end adds no more.
+    Generate num_samples texts after the token ids. Each step yields a list with the new characters
+    of each text, "" once it has ended.
     """
-    count, device = values["num_samples"], llama.cos.device
+    count = values["num_samples"]
+    device = llama.cos.device
     texts = [decoders.DecodeStream(ids, skip_special_tokens=True) for _ in range(count)]
+    going = set(range(count))
     tokens = torch.tensor([ids] * count, device=device)
     for new in llama.generate(tokens, values["max_new_tokens"], chooser(values, device)):
-        pieces = []
+        pieces = [""] * count
         for i, token in enumerate(new[:, 0].tolist()):
             if token in stop_ids(llama):
-                texts[i] = None
-            pieces.append((texts[i] and texts[i].step(tokenizer, token)) or "")
+                going.discard(i)
+            if i in going:  # None: the token ends within a character
+                pieces[i] = texts[i].step(tokenizer, token) or ""
         yield pieces
-        if not any(texts):
+        if not going:
             return
 
 
@@ -150,52 +154,54 @@ def first_words(folder):
     return [" ".join(text.split()[:4]) for text in texts if text.strip()][:3]
 
 
-def sampling_sliders(Slider):
-    """The controls of SLIDERS, at the values of the settings."""
-    return [Slider(low, high, globals()[name], step=step, label=label, info=info)
-            for name, (label, info, low, high, step) in SLIDERS.items()]
-
-
-def serve(llama, tokenizer, folder, facts):
-    """Serve a page, to this machine alone, until Ctrl-C. Visitors may write at the same time."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: the page needs no network
-    with explained("--web=true needs gradio: pip install gradio", ImportError):
-        import gradio
-
+def writer(llama, tokenizer, gradio):
+    """What the page calls to write on from a prompt: yields (text, status, seed) as it grows."""
     def write(text, keep_seed, seed, *chosen):
         values = prepare.settings_of(globals()) | dict(zip(SLIDERS, chosen)) | {"num_samples": 1}
         values["seed"] = int(seed or 0) if keep_seed else random.randrange(10 ** 6)
         try:
             check_settings(values)
             ids = prompt_ids(tokenizer, text, llama)
-        except SystemExit as error:
+        except SystemExit as error:  # of `require`: shown on the page
             raise gradio.Error(str(error).removeprefix("error: "), print_exception=False)
         began = time.perf_counter()
         for count, (new,) in enumerate(stream(llama, tokenizer, ids, values), 1):
             text += new
             speed = count / max(time.perf_counter() - began, 1e-9)
-            yield text, f"{count} tokens, {speed:.1f} a second", values["seed"]
+            yield text, f"{count} tokens, {speed:.1f} tokens/s", values["seed"]
+
+    return write
+
+
+def serve(llama, tokenizer, folder, facts, text):
+    """Serve a page on this machine until Ctrl-C. Several visitors can use it at once."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: the page needs no network
+    with explained("--web=true needs gradio: pip install gradio", ImportError):
+        import gradio
 
     with gradio.Blocks(title="sample.py") as page:
         gradio.Markdown(f"### Write with your model\n{facts}")
         with gradio.Tab("Write"):
-            asked = gradio.Textbox(prompt, label="Prompt", lines=2, autofocus=True)
+            prompt_box = gradio.Textbox(text, label="Prompt", lines=2, autofocus=True)
             with gradio.Row():
                 start = gradio.Button("Generate", variant="primary")
                 stop = gradio.Button("Stop")
             status = gradio.Markdown()
-            text = gradio.Textbox(label="Text", lines=12, max_lines=30, buttons=["copy"])
+            text_box = gradio.Textbox(label="Text", lines=12, max_lines=30, buttons=["copy"])
             if beginnings := first_words(folder):
-                gradio.Examples(beginnings, asked, label="Beginnings from the training text")
+                gradio.Examples(beginnings, prompt_box, label="Beginnings from the training text")
             with gradio.Accordion("Sampling", open=False):
-                sliders = sampling_sliders(gradio.Slider)
+                sliders = [
+                    gradio.Slider(low, high, globals()[name], step=step, label=label, info=info)
+                    for name, (label, info, low, high, step) in SLIDERS.items()]
                 keep_seed = gradio.Checkbox(False, label="Use this seed again")
-                number = gradio.Number(seed, label="Seed", precision=0)
+                seed_box = gradio.Number(seed, label="Seed", precision=0)
         if (curve := folder.resolve().parent / "loss.png").exists():
             with gradio.Tab("Training curve"):
                 gradio.Image(str(curve), show_label=False, buttons=[])
-        running = gradio.on([start.click, asked.submit], write,
-                            [asked, keep_seed, number, *sliders], [text, status, number],
+        running = gradio.on([start.click, prompt_box.submit], writer(llama, tokenizer, gradio),
+                            [prompt_box, keep_seed, seed_box, *sliders],
+                            [text_box, status, seed_box],
                             concurrency_limit=4, show_progress="hidden")
         stop.click(None, cancels=[running])
     print(f"http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it", file=sys.stderr)
@@ -209,57 +215,62 @@ def load():
     """The model that the settings ask for, its tokenizer, its folder, and a line of facts."""
     require(model != "out" or Path("out").exists(),
             "there is no model in out yet: run python train.py first")
-    folder, target = find_model(model), choose_device(device)
-    name = dtype
-    if dtype == "auto":  # reading the weights is what takes the time of one sequence
-        small = has_bfloat16(target) or target.type == "cpu" and num_samples == 1
-        name = "bfloat16" if small else "float16" if target.type == "cuda" else "float32"
-    llama = load_model(folder).eval().to(target, getattr(torch, name))
-    problem = compiler_problem(target) if compile else None
-    if problem:
-        print(f"warning: not compiled, so slower: {problem}", file=sys.stderr)
-    elif compile:
-        mode = "reduce-overhead" if target.type == "cuda" else None
-        llama.decode = torch.compile(llama.decode, mode=mode)
+    folder = find_model(model)
+    target = choose_device(device)
+    dtype_name = dtype
+    if dtype == "auto":
+        dtype_name = "float16" if target.type == "cuda" else "float32"
+        # with one sequence, reading the weights takes most of the time
+        if has_bfloat16(target) or (target.type == "cpu" and (num_samples == 1 or web)):
+            dtype_name = "bfloat16"
+    llama = load_model(folder).eval().to(target, getattr(torch, dtype_name))
+    if compile:
+        problem = compiler_problem(target)
+        if problem:
+            print(f"warning: not compiled, so slower: {problem}", file=sys.stderr)
+        else:
+            mode = "reduce-overhead" if target.type == "cuda" else None
+            llama.decode = torch.compile(llama.decode, mode=mode)
     parameters = sum(p.numel() for p in llama.parameters())
-    facts = f"{folder}: {parameters:,} parameters, {target}, {name}"
+    facts = f"{folder}: {parameters:,} parameters, {target}, {dtype_name}"
     return llama, prepare.load_tokenizer(folder), folder, facts
 
 
 def main():
     prepare.steady_output()
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no stack trace
+    prepare.on_signal(lambda *_: sys.exit(130), "SIGINT")  # Ctrl-C: no stack trace
     prepare.configure(globals(), sys.argv[1:])
     values = prepare.settings_of(globals())
     check_settings(values)
     llama, tokenizer, folder, facts = load()
-    if web:
-        return serve(llama, tokenizer, folder, facts)
-
     text = prompt
     if prompt.startswith("FILE:"):
         with explained(f"cannot read --prompt={prompt}", OSError, ValueError):
             text = Path(prompt[5:]).read_text("utf-8-sig")
+    if web:
+        return serve(llama, tokenizer, folder, facts, text)
+
     ids = prompt_ids(tokenizer, text, llama)
     print(f"{facts}; seed {seed}, {len(ids)} tokens of prompt", file=sys.stderr)
     if len(ids) + max_new_tokens > llama.config.max_position_embeddings:
-        print("note: past the context, each text goes on from its last half", file=sys.stderr)
+        print("note: beyond the context, only the last half is kept", file=sys.stderr)
 
-    # the first sample appears as it is made, the others when they are whole
+    # the first sample appears as it is generated, the others at the end
     show = prepare.printable if sys.stdout.isatty() else str
-    texts, clock, steps = [text] * num_samples, 0.0, 0
     print(show(text), end="", flush=True)
+    steps, clock = [], []
     try:
         for pieces in stream(llama, tokenizer, ids, values):
             print(show(pieces[0]), end="", flush=True)
-            texts = [text + piece for text, piece in zip(texts, pieces)]
-            clock, steps = clock or time.perf_counter(), steps + 1
-            if sys.stdout.broken:  # nobody reads any more
+            steps.append(pieces)
+            clock.append(time.perf_counter())
+            if sys.stdout.broken:  # the reader has gone
                 break
-    finally:  # Ctrl-C comes here, too
-        print("", *map(show, texts[1:]), sep=f"\n{'-' * 20}\n")
-    speed = (steps - 1) * num_samples / max(time.perf_counter() - clock, 1e-9)
-    print(f"{steps} tokens x {num_samples}, {speed:.1f} tokens/s", file=sys.stderr)
+    finally:  # also after Ctrl-C
+        samples = [text + "".join(pieces) for pieces in zip(*steps)]
+        print("", *map(show, samples[1:]), sep=f"\n{'-' * 20}\n")
+    speed = (len(clock) - 1) * num_samples / max(clock[-1] - clock[0], 1e-9)
+    print(f"{len(clock)} tokens x {num_samples}, {speed:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

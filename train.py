@@ -865,10 +865,7 @@ def listen(run):
             if rank == 0:
                 os.write(2, f"{doing}Ctrl-C again quits at once\n".encode())
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # ignored on purpose: nohup
-            signal.signal(number, ask_to_stop)
+    prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
 
 
 def to_device(arrays, machine):
