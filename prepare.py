@@ -713,10 +713,10 @@ def prefix_ids(tokenizer):
 
 def process_rank():
     """(rank, number of processes), as torchrun sets them. A stray variable alone is ignored."""
-    values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if not all(value.isdigit() for value in values) or "MASTER_ADDR" not in os.environ:
         return 0, 1
-    rank, world = map(int, values)
+    rank, world = map(int, values[:2])
     return (rank, world) if world > 1 else (0, 1)
 
 

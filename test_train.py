@@ -225,7 +225,7 @@ def test_pieces_have_the_tokens_of_the_whole(kinds, kind, monkeypatch):
     for _ in range(60):
         letters = "".join(map(chr, rng.choices(range(0xd800), k=20)))
         likely = [PROSE[:90], "ACGTTAGACA" * 9, " ", "\n\n", "e\u0301", "字" * 40, "a" * 333, "12 ", letters,
-                  "".join(rng.choices("ab \n", k=60))]
+                  "".join(rng.choices("ab \n", k=60)), "e\u0301" * 90]
         text = "".join(rng.choice(likely) * rng.randint(1, 12) for _ in range(rng.randint(0, 15)))
         part = rng.randint(1, 3000)
         parts = [(text[i:i + part], False) for i in range(0, len(text), part)] + [("", True)]
@@ -1025,7 +1025,7 @@ def test_out_of_memory_halves_the_micro_batch(toy, call, work, tmp_path, monkeyp
         return forward(self, tokens)
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", short_of_memory)
-    assert call(*toy).out.count("out of memory: 2 sequences") == 1
+    assert call(*toy).out.count("out of memory") == 1
     assert_same_losses(work / "out", tmp_path / "out")
     limit = 0
     assert "--block_size=32" in refusal(call, *toy, "--out_dir=new")
@@ -1145,7 +1145,7 @@ def test_preparing_anew_leaves_a_running_training_alone_but_is_another_text(work
     assert_same_losses(tmp_path / "alone", tmp_path / "out")
     assert (newest(tmp_path / "out") / "tokenizer.json").read_bytes() == (
         newest(tmp_path / "alone") / "tokenizer.json").read_bytes()
-    assert "another tokenizer" in refusal(call, *args, "--max_iters=301")
+    assert "a different tokenizer" in refusal(call, *args, "--max_iters=301")
 
     for folder in "named", "data":
         call("prepare.py", f"--tokenizer={work}/data", f"--data_dir={folder}")
@@ -1213,7 +1213,7 @@ def test_bad_input_of_training_is_explained(work, tmp_path, call, case):
 BAD_FLAGS = {
     "train.py": "size max_iters=1.5 max_iters=many max_iters=-5 max_iters dropout=x dropout=1 dropout=nan "
                 "batch_size=-1 batch_size=0 out_dir max_iters=0 n_head=-2 n_head=3 n_kv_head=3 seed=-1 min_lr=9 "
-                "warmup_iters=13 "
+                "min_lr=-0.5 warmup_iters=13 "
                 "eval_only=maybe compile=maybe dtype=int8 device=cuda:99 device=abacus block_size=20000 "
                 "learning_rte=1 beta2=1.5",
     "prepare.py": "inptu=a vocab_size=256 vocab_size=65537 val_fraction=0 val_fraction=1 val_fraction=nan "

@@ -116,7 +116,7 @@ def presets(flags):
     require(name in SIZES, f"--size={name} must be one of {', '.join(SIZES)}")
     if source in NO_MODEL:
         return SIZES[name]
-    out = flags.get("out_dir", out_dir)  # a run that goes on no longer needs what it began with
+    out = flags.get("out_dir", out_dir)  # when resuming, the original model may be gone
     config = read_config(find_model(out if checkpoints(out) else source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
     shape["block_size"] = min(512, config.max_position_embeddings)
@@ -140,7 +140,8 @@ def check_settings():
         rule(name, globals()[name] in choices.split(), choices.replace(" ", " or "))
     rule("n_head", n_head % n_kv_head == 0, f"a multiple of --n_kv_head={n_kv_head}")
     rule("warmup_iters", warmup_iters <= max_iters, f"at most --max_iters={max_iters}")
-    rule("min_lr", min_lr <= learning_rate, f"at most --learning_rate={learning_rate}")
+    rule("min_lr", min_lr == -1 or 0 <= min_lr <= learning_rate,
+         f"from 0 to --learning_rate={learning_rate}")
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -174,10 +175,11 @@ class Attention(nn.Module):
             if T == 1:  # the queries of a key head become rows of one product: much faster on CPUs
                 q = q.view(B, k.shape[1], -1, self.head_dim)
         if x.is_cuda and q.dtype != torch.bfloat16:  # some GPUs lack a fast grouped-query kernel
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+            groups = q.shape[1] // k.shape[1]
+            k = k.repeat_interleave(groups, dim=1)
+            v = v.repeat_interleave(groups, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)
+        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # (B, T, heads, head_dim)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -221,9 +223,9 @@ class SlicedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, slice_loss):
-        most = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
-        slices = math.ceil(len(x) * len(weight) / most)
+    def forward(ctx, x, weight, targets, loss_of):
+        max_logits = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
+        slices = math.ceil(len(x) * len(weight) / max_logits)
         rows = 128 * math.ceil(len(x) / slices / 128)
         need_grad = ctx.needs_input_grad[0]
         x = x.detach().requires_grad_(need_grad)
@@ -231,7 +233,7 @@ class SlicedLoss(torch.autograd.Function):
         summed = 0.0
         with torch.set_grad_enabled(need_grad):
             for x_slice, target_slice in zip(x.split(rows), targets.split(rows)):
-                loss = slice_loss(x_slice, weight, target_slice)
+                loss = loss_of(x_slice, weight, target_slice)
                 if need_grad:
                     loss.backward()
                 summed = summed + loss.detach()
@@ -260,8 +262,8 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.gradient_checkpointing = False
-        self.slice_loss = slice_loss    # train.py may replace it by its compiled form,
-        self.decode = self.last_logits  # and sample.py this one
+        self.slice_loss = slice_loss    # train.py may compile this one,
+        self.decode = self.last_logits  # sample.py this one
 
         # rotary embedding (RoFormer, arXiv:2104.09864) of the channels i and i + head_dim / 2
         frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -328,7 +330,7 @@ class Llama(nn.Module):
         position = 0
         for _ in range(max_new_tokens):
             if position + new.shape[1] > limit:
-                new = tokens[:, -limit // 2:]
+                new = tokens[:, -math.ceil(limit / 2):]
                 position = 0
             positions = torch.arange(position, position + new.shape[1], device=tokens.device)
             position += new.shape[1]
@@ -393,7 +395,8 @@ def make_optimizers(model):
     if optimizer == "adamw":
         return [adamw]
     stacks = [{"params": stack, "scale": MUON_SCALE} for stack in matrices.values()]
-    return [adamw, Muon(stacks, {"weight_decay": weight_decay})]  # update() sets the rate
+    defaults = {"lr": 0.0, "weight_decay": weight_decay}  # update() sets the rate
+    return [adamw, Muon(stacks, defaults)]
 
 
 def learning_rate_at(iteration):
@@ -421,7 +424,7 @@ def checkpoints(folder):
 
 
 def saved_loss(checkpoint):
-    """The validation loss of a checkpoint; inf if it was saved without an evaluation."""
+    """The validation loss of a checkpoint; inf if it is not known."""
     file = checkpoint / "run.json"
     loss = read_json(file)["val_loss"] if file.exists() else None
     return math.inf if loss is None else loss
@@ -430,7 +433,7 @@ def saved_loss(checkpoint):
 def find_model(name):
     """The model folder of a name: the best in an out folder, the folder itself, or the hub's."""
     if checkpoints(name):
-        return min(reversed(checkpoints(name)), key=saved_loss)  # of equals the newest
+        return min(reversed(checkpoints(name)), key=saved_loss)  # on a tie, the newest
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -515,13 +518,13 @@ def save_checkpoint(model, data, run, optimizers, machine):
         tmp.mkdir()
         for name, values in json_files.items():
             (tmp / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
-        data.tokenizer.save(str(tmp / "tokenizer.json"))
+        (tmp / "tokenizer.json").write_text(data.tokenizer.to_str(pretty=True), "utf-8")
         save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
-        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # else the owner's alone
+        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # else the owner's only
         with open(tmp / "trainer.pt", "wb") as file:
             torch.save(trainer, file)
         flush(*tmp.iterdir(), tmp)
-        if path.exists():  # saved at a Ctrl-C and only now evaluated: the weights are the same
+        if path.exists():  # saved at Ctrl-C and evaluated only now: the weights are the same
             for file in tmp.iterdir():
                 file.replace(path / file.name)
         else:
@@ -682,7 +685,7 @@ def open_data(source):
     data = Data(data_dir)
     tokenizer = prepare.load_tokenizer(source) if source else data.tokenizer
     require(prepare.fingerprint(tokenizer) == prepare.fingerprint(data.tokenizer),
-            f"{data_dir} has another tokenizer than {source}: run python prepare.py "
+            f"{data_dir} has a different tokenizer from {source}: run python prepare.py "
             f"--tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
     tokens = data.meta["train_tokens"]
     require(tokens >= 2 * block_size,
@@ -714,8 +717,8 @@ def resolve_settings(saved, data):
     require(not wrong, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
     same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
-            f"{data_dir} is not the text that the run in {out_dir} began with: prepare that again, "
-            f"or start from its weights with --init_from={out_dir} --out_dir=NEW")
+            f"{data_dir} is not the text that the run in {out_dir} began with: prepare that one "
+            f"again, or start from its weights with --init_from={out_dir} --out_dir=NEW")
     for key, value in changed.items():
         say(f"changed: {key} = {now[key]} (was {value})")
 
@@ -755,7 +758,8 @@ def report(flags, model, data, run, machine, source):
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
     say(f"data       {data_dir}: {data.meta['train_tokens']:,} tokens, "
         f"{data.meta['val_tokens']:,} for validation")
-    say(f"iteration  {sequences:,} x {block_size:,} tokens, {machine.micro_batch:,} x at a time")
+    say(f"iteration  {sequences:,} sequences of {block_size:,} tokens, "
+        f"{machine.micro_batch:,} at a time")
     say(f"optimizer  {optimizer}, {warmup_iters} iterations up to {learning_rate:g}, "
         f"{schedule} to {min_lr:g}")
     say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,} "
@@ -817,7 +821,7 @@ def draw_curve(rows, data):
         losses.plot(x, smooth, "tab:blue", label="training, smoothed")
         rates.plot(x, rate, "tab:gray")
     x, y = np.array([(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]).T
-    best = y.argmin()
+    best = np.nanargmin(y)
     losses.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
     losses.plot(x[best], y[best], "r*", markersize=12, label=f"best: {y[best]:.4f}")
 
@@ -854,19 +858,20 @@ stop_signals = []  # the times at which they arrived
 
 
 def listen(run):
-    """Let Ctrl-C, SIGTERM and SIGHUP end the run after its iteration, and a second one at once."""
+    """Let Ctrl-C, SIGTERM or SIGHUP end the run after its iteration; a second one, at once."""
     rank, world = prepare.process_rank()
 
     def ask_to_stop(number, frame):
-        if stop_signals and world > 1 and time.monotonic() < stop_signals[0] + 2:
-            return  # torchrun forwards the Ctrl-C that this process already got
         if stop_signals:
+            if world > 1 and time.monotonic() < stop_signals[0] + 2:
+                return  # torchrun forwards the Ctrl-C that this process already got
             os._exit(128 + number)
         stop_signals.append(time.monotonic())
-        doing = f"\nfinishing iteration {run.iteration + 1:,}, then saving; "
+        line = (f"\nfinishing iteration {run.iteration + 1:,}, then saving; "
+                "Ctrl-C again quits at once\n")
         with contextlib.suppress(OSError):  # the terminal may be closed
             if rank == 0:
-                os.write(2, f"{doing}Ctrl-C again quits at once\n".encode())
+                os.write(2, line.encode())
 
     prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
 
@@ -899,20 +904,22 @@ def evaluate(model, data, machine):
 
 def add_gradients(model, inputs, targets, machine):
     """Add this process's part of the gradient of the mean loss. Returns that part of the loss."""
-    size = machine.micro_batch
+    n = machine.micro_batch
+    all_tokens = targets.numel() * machine.world
     loss = 0.0
-    for some_inputs, some_targets in zip(inputs.split(size), targets.split(size)):
+    for some_inputs, some_targets in zip(inputs.split(n), targets.split(n)):
         with machine.autocast:
-            part = model.loss(some_inputs, some_targets) / (targets.numel() * machine.world)
+            part = model.loss(some_inputs, some_targets) / all_tokens
         machine.scaler.scale(part).backward()
         loss = loss + part.detach()
     return loss
 
 
-def forward_backward(model, optimizers, inputs, targets, machine):
+def forward_backward(model, optimizers, inputs, targets, machine, dropout_seed):
     """Compute and clip the gradient of the mean loss. Returns that loss and the gradient's norm."""
     loss = None
     while loss is None:
+        torch.manual_seed(dropout_seed)
         model.train().zero_grad()
         try:
             loss = add_gradients(model, inputs, targets, machine)
@@ -977,12 +984,13 @@ def result_line(scores):
 
 def say_goodbye(run, first_iteration):
     """Print how the run ended, and what to do next."""
-    if run.iteration < max_iters:
+    if run.iteration < max_iters or run.val_loss is None:
         kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
     if first_iteration >= max_iters:
-        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} trains longer")
-    best = min((row for row in run.rows if "val_loss" in row), key=lambda row: row["val_loss"])
+        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} trains on, at min_lr")
+    evaluated = [row for row in run.rows if "val_loss" in row]
+    best = min(evaluated, key=lambda row: np.nan_to_num(row["val_loss"], nan=math.inf))
     say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
         f"sample it: python sample.py --model={out_dir}\n"
         f"in a browser: python sample.py --model={out_dir} --web=true")
@@ -1014,7 +1022,7 @@ def main():
     sequences = batch_size * gradient_accumulation_steps
     share = sequences // machine.world  # of this process
     first_iteration = run.iteration
-    skipped = 0  # updates in a row
+    skipped = 0  # updates skipped in a row
     bar = tqdm(total=max_iters, initial=first_iteration, dynamic_ncols=True,
                disable=machine.hide_bar,
                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}")
@@ -1025,10 +1033,10 @@ def main():
 
         # one update, by the mean loss over the tokens of all processes
         began = time.perf_counter()
-        torch.manual_seed(seed + run.iteration * machine.world + machine.rank)  # of dropout
+        dropout_seed = seed + run.iteration * machine.world + machine.rank
         first = run.sequences + machine.rank * share
         batch = to_device(data.training_batch(first, share, block_size, seed), machine)
-        loss, norm = forward_backward(model, optimizers, *batch, machine)
+        loss, norm = forward_backward(model, optimizers, *batch, machine, dropout_seed)
         rate = learning_rate_at(run.iteration)
         skipped = 0 if math.isfinite(loss + norm) else skipped + 1
         if skipped == 0:
