@@ -1325,7 +1325,10 @@ def test_command_line(work, call, tmp_path):
     assert "only the last half is kept" in first.stderr and "tokens/s" in first.stderr
     assert "context" in refusal(call, *args[:3], "--prompt=" + "word " * 99, cwd=work)
     assert "python train.py first" in refusal(call, "sample.py", cwd=tmp_path)
-    process = start("sample.py", "--prompt=Hello", "--max_new_tokens=1000000000", "--device=cpu", cwd=work)
+    endless = shutil.copytree(newest(work / "out"), tmp_path / "endless")
+    damage(endless / "config.json", {"eos_token_id": None})
+    process = start("sample.py", "--prompt=Hello", "--max_new_tokens=1000000000", "--device=cpu",
+                    "--model=endless", cwd=tmp_path)
     assert process.stdout.read(6)
     process.send_signal(signal.SIGINT)  # the text so far is left
     rest, errors = process.communicate(timeout=60)
