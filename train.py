@@ -762,7 +762,8 @@ def report(flags, model, data, run, machine, source):
         f"{machine.micro_batch:,} at a time")
     say(f"optimizer  {optimizer}, {warmup_iters} iterations up to {learning_rate:g}, "
         f"{schedule} to {min_lr:g}")
-    say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,} "
+    last = max(run.iteration, max_iters)
+    say(f"run        {out_dir}, iterations {run.iteration:,} to {last:,} "
         f"({epochs:.1f} epochs), from {source or 'scratch'}")
     if machine.device.type == "cpu":
         report_memory(parameters, machine)
@@ -988,7 +989,7 @@ def say_goodbye(run, first_iteration):
         kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
     if first_iteration >= max_iters:
-        say(f"nothing left to do in {out_dir}: --max_iters={2 * max_iters} trains on, at min_lr")
+        say(f"nothing left to do in {out_dir}: --max_iters={2 * run.iteration} trains on, at min_lr")
     evaluated = [row for row in run.rows if "val_loss" in row]
     best = min(evaluated, key=lambda row: np.nan_to_num(row["val_loss"], nan=math.inf))
     say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
