@@ -678,7 +678,7 @@ def parse(name, text, settings):
 def show_help(config):
     """Print a script's docstring and its block of settings."""
     source = Path(config["__file__"]).read_text("utf-8")
-    block = re.search(r"(?ms)^# -+ settings\n(.*?)^# -+ ", source)[1]
+    block = re.search(r"(?ms)^# -+ settings\n(.*?)^(?:# -+ |def )", source)[1]
     print((config["__doc__"] or "").strip(), block.strip(), sep="\n\n")
 
 

@@ -435,6 +435,8 @@ def find_model(name):
     if checkpoints(name):
         return min(reversed(checkpoints(name)), key=saved_loss)  # on a tie, the newest
     if Path(name).is_dir():
+        found = Path(name, "config.json").exists()
+        require(found, f"{name} holds no model yet: run python train.py --out_dir={name} first")
         return Path(name)
     from huggingface_hub import snapshot_download
     with explained(f"{name} is neither a folder here nor a model on the hub", Exception):
@@ -686,7 +688,7 @@ def open_data(source):
     tokenizer = prepare.load_tokenizer(source) if source else data.tokenizer
     require(prepare.fingerprint(tokenizer) == prepare.fingerprint(data.tokenizer),
             f"{data_dir} has a different tokenizer from {source}: run python prepare.py "
-            f"--tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
+            f"--input=TEXT --tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
     tokens = data.meta["train_tokens"]
     require(tokens >= 2 * block_size,
             f"{data_dir} has only {tokens:,} tokens to train on: lower --block_size={block_size}")
@@ -760,8 +762,8 @@ def report(flags, model, data, run, machine, source):
         f"{data.meta['val_tokens']:,} for validation")
     say(f"iteration  {sequences:,} sequences of {block_size:,} tokens, "
         f"{machine.micro_batch:,} at a time")
-    say(f"optimizer  {optimizer}, {warmup_iters} iterations up to {learning_rate:g}, "
-        f"{schedule} to {min_lr:g}")
+    say(f"optimizer  {optimizer}, {warmup_iters} warm-up iterations to {learning_rate:g}, "
+        f"{schedule} to {min_lr:g} at {lr_decay_iters:,}")
     last = max(run.iteration, max_iters)
     say(f"run        {out_dir}, iterations {run.iteration:,} to {last:,} "
         f"({epochs:.1f} epochs), from {source or 'scratch'}")
@@ -989,7 +991,7 @@ def say_goodbye(run, first_iteration):
         kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
     if first_iteration >= max_iters:
-        say(f"nothing left to do in {out_dir}: --max_iters={2 * run.iteration} trains on, at min_lr")
+        say(f"nothing left to do in {out_dir}: --max_iters={2 * run.iteration} goes on at min_lr")
     evaluated = [row for row in run.rows if "val_loss" in row]
     best = min(evaluated, key=lambda row: np.nan_to_num(row["val_loss"], nan=math.inf))
     say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
