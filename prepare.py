@@ -374,7 +374,8 @@ def is_safe(text, cut, tokenizer):
     Whether a cut changes no token: those before it must not depend on how much follows, nor those
     after it on how much comes before. With two lengths, or a text that repeats itself would pass.
     """
-    first, last = max(1, cut - AROUND), cut + AROUND
+    first = max(1, cut - AROUND)
+    last = cut + AROUND
     if text[first - 1] == text[first] or text[last - 1] == text[last]:
         return False  # the tokens of a run of one character can depend on its whole length
     if isinstance(tokenizer.model, models.Unigram) and tokenizer.pre_tokenizer is None:

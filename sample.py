@@ -100,7 +100,8 @@ def stop_ids(llama):
 def prompt_ids(tokenizer, text, llama):
     """Token ids of a prompt, which begins as the documents in training do."""
     ids = prepare.prefix_ids(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
-    ids = ids or stop_ids(llama)[:1]
+    if not ids:
+        ids = stop_ids(llama)[:1]
     limit = llama.config.max_position_embeddings
     require(ids, "this model has no end of text to begin with: give a --prompt")
     require(max(ids) < llama.config.vocab_size, "the tokenizer has ids that the model has not")
@@ -258,7 +259,8 @@ def main():
     # the first sample appears as it is generated, the others at the end
     show = prepare.printable if sys.stdout.isatty() else str
     print(show(text), end="", flush=True)
-    steps, clock = [], []
+    steps = []
+    clock = []
     try:
         for pieces in stream(llama, tokenizer, ids, values):
             print(show(pieces[0]), end="", flush=True)

@@ -583,7 +583,7 @@ def has_bfloat16(device):
 
 
 def set_up_machine():
-    """Where and how to compute, as a namespace. micro_batch is in sequences."""
+    """Where and how to compute, as a namespace."""
     rank, world = prepare.process_rank()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
@@ -614,7 +614,8 @@ def set_up_machine():
     if chosen.type == "cpu":
         micro_batch = min(micro_batch, max(1, TOKENS_AT_ONCE // block_size))
     return SimpleNamespace(
-        device=chosen, dtype=products, rank=rank, world=world, micro_batch=micro_batch,
+        device=chosen, dtype=products, rank=rank, world=world,
+        sequences=sequences, micro_batch=micro_batch,  # of an iteration, and at a time
         compile=compile == "true" or (compile == "auto" and pays),
         hide_bar=True if rank > 0 else None,  # None: shown if there is a terminal
         autocast=torch.autocast(
@@ -754,13 +755,12 @@ def report(flags, model, data, run, machine, source):
     for key, value in flags.items():
         say(f"overriding: {key} = {value}")
     parameters = sum(p.numel() for p in model.parameters())
-    sequences = batch_size * gradient_accumulation_steps
-    epochs = max_iters * sequences * block_size / data.meta["train_tokens"]
+    epochs = max_iters * machine.sequences * block_size / data.meta["train_tokens"]
     say(f"device     {machine.world} x {machine.device}, {machine.dtype}")
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
     say(f"data       {data_dir}: {data.meta['train_tokens']:,} tokens, "
         f"{data.meta['val_tokens']:,} for validation")
-    say(f"iteration  {sequences:,} sequences of {block_size:,} tokens, "
+    say(f"iteration  {machine.sequences:,} sequences of {block_size:,} tokens, "
         f"{machine.micro_batch:,} at a time")
     say(f"optimizer  {optimizer}, {warmup_iters} warm-up iterations to {learning_rate:g}, "
         f"{schedule} to {min_lr:g} at {lr_decay_iters:,}")
@@ -1022,8 +1022,7 @@ def main():
     if wandb_log and machine.rank == 0:
         start_wandb(run)
 
-    sequences = batch_size * gradient_accumulation_steps
-    share = sequences // machine.world  # of this process
+    share = machine.sequences // machine.world  # of this process
     first_iteration = run.iteration
     skipped = 0  # updates skipped in a row
     bar = tqdm(total=max_iters, initial=first_iteration, dynamic_ncols=True,
@@ -1046,11 +1045,11 @@ def main():
             update(optimizers, rate, machine)
         machine.scaler.update()
         run.iteration += 1
-        run.sequences += sequences
+        run.sequences += machine.sequences
         run.val_loss = None
 
         # log
-        speed = sequences * block_size / max(time.perf_counter() - began, 1e-9)
+        speed = machine.sequences * block_size / max(time.perf_counter() - began, 1e-9)
         bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
         bar.update()
         if skipped:
