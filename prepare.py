@@ -754,10 +754,10 @@ def printable(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
-def say(line):
+def say(line, file=None):
     """Print a line above any progress bar, on the first process only."""
     if process_rank()[0] == 0:
-        tqdm.write(line)
+        tqdm.write(line, file)
 
 
 @contextlib.contextmanager
@@ -767,8 +767,8 @@ def tolerated(what, *kinds):
         yield
     except kinds as error:
         if what not in WARNED:
-            say(f"warning: {what} failed, continuing without "
-                f"({type(error).__name__}: {str(error)[:200]})")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            say(f"warning: {what} failed, continuing without ({reason})", sys.stderr)
         WARNED.add(what)
 
 

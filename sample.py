@@ -6,28 +6,29 @@ $ python sample.py --prompt="Old Cenzo:" --num_samples=3     # or --prompt=FILE:
 $ python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt="Gravity is" --temperature=0
 $ python sample.py --web=true                                # a page, at http://127.0.0.1:7860
 """
+import math
 import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace on Ctrl-C
+import prepare
+from prepare import explained, require
+
+if __name__ == "__main__":  # no stack trace on Ctrl-C, from here on
+    prepare.on_signal(lambda *_: sys.exit(130), "SIGINT")
 
 import torch
 from tokenizers import decoders
 
-import prepare
-from prepare import explained, require
-from train import choose_device, compiler_problem, find_model, has_bfloat16, load_model
+from train import choose_device, compiles, find_model, has_bfloat16, load_model
 
 # -------------------------------------------------------------------------------------- settings
 model = "out"             # an out folder (its best checkpoint), a model folder or a hub id
 prompt = ""               # text, or FILE:path; empty: begin as a document begins
 num_samples = 1           # generated together, as one batch
-max_new_tokens = 300      # of each sample
+max_new_tokens = 300      # of each sample; when the context is full, its last half is kept
 temperature = 0.8         # 0: always the likeliest token
 top_k = 0                 # keep only this many of the likeliest tokens; 0: all
 top_p = 1.0               # keep the likeliest tokens that together have this probability
@@ -43,18 +44,14 @@ port = 7860               # of the page, on 127.0.0.1
 
 def check_settings(values):
     """Refuse invalid settings."""
-    def rule(name, good, text):
-        require(good, f"--{name}={values[name]} must be {text}")
-
-    rule("num_samples", values["num_samples"] >= 1, "1 or more")
-    rule("max_new_tokens", values["max_new_tokens"] >= 1, "1 or more")
-    rule("top_p", 0 < values["top_p"] <= 1, "above 0, at most 1")
-    rule("min_p", values["min_p"] <= 1, "from 0 to 1")
-    rule("repetition_penalty", values["repetition_penalty"] > 0, "above 0")
-    rule("seed", values["seed"] < 2 ** 63, "below 2 ** 63")
-    rule("port", 1 <= values["port"] <= 65535, "from 1 to 65535")
-    rule("dtype", values["dtype"] in ("auto", "float32", "bfloat16", "float16"),
-         "auto, float32, bfloat16 or float16")
+    ranges = {"num_samples": (1, math.inf), "max_new_tokens": (1, math.inf), "top_p": (1e-6, 1),
+              "min_p": (0, 1), "repetition_penalty": (1e-6, math.inf), "seed": (0, 2 ** 63 - 1),
+              "port": (1, 65535)}
+    for name, (least, most) in ranges.items():
+        good = least <= values[name] <= most
+        require(good, f"--{name}={values[name]} must be from {least} to {most}")
+    require(values["dtype"] in ("auto", "float32", "bfloat16", "float16"),
+            f"--dtype={values['dtype']} must be auto, float32, bfloat16 or float16")
 
 
 # ----------------------------------------------------------------------------- choosing the tokens
@@ -89,19 +86,11 @@ def filtered(logits, top_k, top_p, min_p):
     return probs.where(probs >= min_p * probs.amax(1, keepdim=True), 0)
 
 
-def stop_ids(llama):
-    """The token ids that end a text."""
-    ids = llama.config.eos_token_id
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
-
-
 def prompt_ids(tokenizer, text, llama):
     """Token ids of a prompt, which begins as the documents in training do."""
     ids = prepare.prefix_ids(tokenizer) + tokenizer.encode(text, add_special_tokens=False).ids
     if not ids:
-        ids = stop_ids(llama)[:1]
+        ids = llama.config.eos_token_id[:1]
     limit = llama.config.max_position_embeddings
     require(ids, "this model has no end of text to begin with: give a --prompt")
     require(max(ids) < llama.config.vocab_size, "the tokenizer has ids that the model has not")
@@ -116,14 +105,14 @@ def stream(llama, tokenizer, ids, values):
     of each text, "" once it has ended.
     """
     count = values["num_samples"]
-    device = llama.cos.device
     texts = [decoders.DecodeStream(ids, skip_special_tokens=True) for _ in range(count)]
     going = set(range(count))
-    tokens = torch.tensor([ids] * count, device=device)
-    for new in llama.generate(tokens, values["max_new_tokens"], chooser(values, device)):
+    tokens = torch.tensor([ids] * count, device=llama.cos.device)
+    choose = chooser(values, tokens.device)
+    for new in llama.generate(tokens, values["max_new_tokens"], choose):
         pieces = [""] * count
         for i, token in enumerate(new[:, 0].tolist()):
-            if token in stop_ids(llama):
+            if token in llama.config.eos_token_id:
                 going.discard(i)
             if i in going:  # None: the token ends within a character
                 pieces[i] = texts[i].step(tokenizer, token) or ""
@@ -150,16 +139,16 @@ def first_words(folder):
     except SystemExit:  # there is no such folder, or no longer
         return []
     ids = data.windows("train", [0], min(2 ** 16, data.meta["train_tokens"]))[0][0]
-    starts = (ids == data.eot).nonzero()[0] + 1
-    texts = [data.tokenizer.decode(ids[at:at + 8].tolist()) for at in starts]
-    return [" ".join(text.split()[:4]) for text in texts if text.strip()][:3]
+    text = data.tokenizer.decode(ids, skip_special_tokens=False)
+    documents = text.split(data.tokenizer.id_to_token(data.eot))
+    return [" ".join(document.split()[:4]) for document in documents if document.strip()][:3]
 
 
 def writer(llama, tokenizer, gradio):
-    """What the page calls to write on from a prompt: yields (text, status, seed) as it grows."""
-    def write(text, keep_seed, seed, *chosen):
+    """What the page calls to write on from a prompt: yields (text, status) as it grows."""
+    def write(text, chosen_seed, *chosen):
         values = prepare.settings_of(globals()) | dict(zip(SLIDERS, chosen)) | {"num_samples": 1}
-        values["seed"] = int(seed or 0) if keep_seed else random.randrange(10 ** 6)
+        values["seed"] = random.randrange(10 ** 6) if chosen_seed == -1 else int(chosen_seed)
         try:
             check_settings(values)
             ids = prompt_ids(tokenizer, text, llama)
@@ -169,7 +158,7 @@ def writer(llama, tokenizer, gradio):
         for count, (new,) in enumerate(stream(llama, tokenizer, ids, values), 1):
             text += new
             speed = count / max(time.perf_counter() - began, 1e-9)
-            yield text, f"{count} tokens, {speed:.1f} tokens/s", values["seed"]
+            yield text, f"{count} tokens, {speed:.1f} tokens/s, seed {values['seed']}"
 
     return write
 
@@ -192,58 +181,51 @@ def serve(llama, tokenizer, folder, facts, text):
             if beginnings := first_words(folder):
                 gradio.Examples(beginnings, prompt_box, label="Beginnings from the training text")
             with gradio.Accordion("Sampling", open=False):
+                seed_box = gradio.Number(-1, label="Seed", info="-1: another one each time.")
                 sliders = [
                     gradio.Slider(low, high, globals()[name], step=step, label=label, info=info)
                     for name, (label, info, low, high, step) in SLIDERS.items()]
-                keep_seed = gradio.Checkbox(False, label="Use this seed again")
-                seed_box = gradio.Number(seed, label="Seed", precision=0)
         if (curve := folder.resolve().parent / "loss.png").exists():
             with gradio.Tab("Training curve"):
                 gradio.Image(str(curve), show_label=False, buttons=[])
         running = gradio.on([start.click, prompt_box.submit], writer(llama, tokenizer, gradio),
-                            [prompt_box, keep_seed, seed_box, *sliders],
-                            [text_box, status, seed_box],
+                            [prompt_box, seed_box, *sliders], [text_box, status],
                             concurrency_limit=4, show_progress="hidden")
         stop.click(None, cancels=[running])
     print(f"http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it", file=sys.stderr)
     with explained(f"cannot serve at --port={port}: choose another", OSError):
-        page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True,
-                    ssr_mode=False, footer_links=[])
+        page.launch(server_name="127.0.0.1", server_port=port, quiet=True, ssr_mode=False,
+                    footer_links=[])
 
 
 # ------------------------------------------------------------------------------------------ main
 def load():
-    """The model that the settings ask for, its tokenizer, its folder, and a line of facts."""
+    """The model that the settings ask for, its folder, and a line of facts."""
     require(model != "out" or Path("out").exists(),
             "there is no model in out yet: run python train.py first")
     folder = find_model(model)
     target = choose_device(device)
-    dtype_name = dtype
-    if dtype == "auto":
-        dtype_name = "float16" if target.type == "cuda" else "float32"
-        # with one sequence, reading the weights takes most of the time
-        if has_bfloat16(target) or (target.type == "cpu" and (num_samples == 1 or web)):
-            dtype_name = "bfloat16"
-    llama = load_model(folder).eval().to(target, getattr(torch, dtype_name))
-    if compile:
-        problem = compiler_problem(target)
-        if problem:
-            print(f"warning: not compiled, so slower: {problem}", file=sys.stderr)
-        else:
-            mode = "reduce-overhead" if target.type == "cuda" else None
-            llama.decode = torch.compile(llama.decode, mode=mode)
+    precision = dtype
+    reading = target.type == "cpu" and (num_samples == 1 or web)  # of weights takes most time
+    if dtype == "auto" and (reading or has_bfloat16(target)):
+        precision = "bfloat16"
+    elif dtype == "auto":
+        precision = "float16" if target.type == "cuda" else "float32"
+    llama = load_model(folder).eval().to(target, getattr(torch, precision))
+    if compile and compiles(target):
+        mode = "reduce-overhead" if target.type == "cuda" else None
+        llama.decode = torch.compile(llama.decode, mode=mode)
     parameters = sum(p.numel() for p in llama.parameters())
-    facts = f"{folder}: {parameters:,} parameters, {target}, {dtype_name}"
-    return llama, prepare.load_tokenizer(folder), folder, facts
+    return llama, folder, f"{folder}: {parameters:,} parameters, {target}, {precision}"
 
 
 def main():
     prepare.steady_output()
-    prepare.on_signal(lambda *_: sys.exit(130), "SIGINT")  # Ctrl-C: no stack trace
     prepare.configure(globals(), sys.argv[1:])
     values = prepare.settings_of(globals())
     check_settings(values)
-    llama, tokenizer, folder, facts = load()
+    llama, folder, facts = load()
+    tokenizer = prepare.load_tokenizer(folder)
     text = prompt
     if prompt.startswith("FILE:"):
         with explained(f"cannot read --prompt={prompt}", OSError, ValueError):
@@ -253,26 +235,23 @@ def main():
 
     ids = prompt_ids(tokenizer, text, llama)
     print(f"{facts}; seed {seed}, {len(ids)} tokens of prompt", file=sys.stderr)
-    if len(ids) + max_new_tokens > llama.config.max_position_embeddings:
-        print("note: beyond the context, only the last half is kept", file=sys.stderr)
 
     # the first sample appears as it is generated, the others at the end
     show = prepare.printable if sys.stdout.isatty() else str
     print(show(text), end="", flush=True)
     steps = []
-    clock = []
+    began = time.perf_counter()
     try:
         for pieces in stream(llama, tokenizer, ids, values):
             print(show(pieces[0]), end="", flush=True)
             steps.append(pieces)
-            clock.append(time.perf_counter())
             if sys.stdout.broken:  # the reader has gone
                 break
     finally:  # also after Ctrl-C
         samples = [text + "".join(pieces) for pieces in zip(*steps)]
         print("", *map(show, samples[1:]), sep=f"\n{'-' * 20}\n")
-    speed = (len(clock) - 1) * num_samples / max(clock[-1] - clock[0], 1e-9)
-    print(f"{len(clock)} tokens x {num_samples}, {speed:.1f} tokens/s", file=sys.stderr)
+    speed = len(steps) * num_samples / max(time.perf_counter() - began, 1e-9)
+    print(f"{len(steps)} tokens x {num_samples}, {speed:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -500,7 +500,7 @@ def new_model(seed=0, **changes):
     """A Llama of train.py with the toy's shape."""
     shape = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32,
                  intermediate_size=64, vocab_size=512, rope_theta=1e5, rms_norm_eps=1e-5, head_dim=8,
-                 tie_word_embeddings=True, eos_token_id=0, max_position_embeddings=32,
+                 tie_word_embeddings=True, eos_token_id=[0], max_position_embeddings=32,
                  initializer_range=32 ** -0.5) | changes
     torch.manual_seed(seed)
     return train.Llama(SimpleNamespace(**shape))
@@ -528,7 +528,7 @@ def test_logits_equal_transformers(tmp_path, dtype, changes):
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ours = train.load_model(tmp_path).eval()
     assert ours.config.rope_theta == changes.get("rope_theta", 1e5)
-    assert sample.stop_ids(ours) == ([] if "eos_token_id" in changes else [0])
+    assert ours.config.eos_token_id == ([] if "eos_token_id" in changes else [0])
 
     tokens = random_tokens(2, 2048, high=301)
     expected, logits = theirs(tokens).logits, ours(tokens)
@@ -872,14 +872,15 @@ def test_compiled_scripts_do_the_same_and_no_compiler_is_no_error(toy, call, wor
     call(*args, "--out_dir=plain")
     broken = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     for name, env in ("broken", broken), ("compiled", {}):
-        output = run(*args, "--compile=true", f"--out_dir={name}", cwd=tmp_path, env=os.environ | env).stdout
+        output = "".join(vars(run(*args, "--compile=true", f"--out_dir={name}", cwd=tmp_path,
+                                  env=os.environ | env)).values())
         plain, losses = (column(tmp_path / out, "train_loss") for out in ("plain", name))
         assert losses == pytest.approx(plain, rel=1e-4) and "compiling" in output
-        assert output.count("warning: not compiled") == 1 or name == "compiled"
+        assert output.count("warning: compiling failed") == 1 or name == "compiled"
     args = "--device=cpu --dtype=float32 --temperature=0 --prompt=The --max_new_tokens=20".split()
     texts = [run("sample.py", *args, *more, cwd=work).stdout for more in ((), ("--compile",))]
     assert texts[0] == texts[1]
-    if "not compiled" in output:
+    if "compiling failed" in output:
         pytest.skip("torch.compile finds no C++ compiler here")
 
 
@@ -977,7 +978,7 @@ def test_what_the_platform_cannot_do_ends_no_run(toy, work, tmp_path):
                          "os.fsync = fcntl.flock = broken\n"
                          "matplotlib.figure.Figure.savefig = None\n"
                          "time.perf_counter = lambda: 1.0\n")
-    output = run(*toy, cwd=tmp_path, env=env).stdout
+    output = "".join(vars(run(*toy, cwd=tmp_path, env=env)).values())
     for what in "fsync", "drawing loss.png", "cannot be locked":
         assert len(re.findall(f"warning: .*{what}", output)) == 1
     assert output.count("warning") == 3
@@ -1170,7 +1171,7 @@ def damage(path, change):
 
 BAD_TRAINING = [  # what train.py is told, what the line must name; a file of data/ or out/ and its damage
     ("--n_embd=36 --out_dir=new", "--n_embd=36"), ("--size=7b", "135m"),
-    ("--optimizer=sgd --out_dir=new", "adamw or muon"), ("--init_from=no/model --out_dir=new", "no/model"),
+    ("--optimizer=sgd --out_dir=new", "adamw, muon"), ("--init_from=no/model --out_dir=new", "no/model"),
     ("--data_dir=typo --out_dir=new", "prepare.py --input=TEXT --data_dir=typo"),
     ("--block_size=64 --init_from=out --out_dir=new", "--block_size=64"),
     ("--out_dir=input.txt", "input.txt"), ("--vocab_size=100 --out_dir=new", "--vocab_size=100"),
@@ -1306,7 +1307,7 @@ def test_filters_equal_transformers(monkeypatch):
 def test_stream_gives_whole_characters_and_ends_each_sample(work, monkeypatch):
     tokenizer = prepare.load_tokenizer(work / "data")
     llama = train.load_model(newest(work / "out"))
-    text, end = "Zoë 日本 👍🏽!", llama.config.eos_token_id
+    text, [end] = "Zoë 日本 👍🏽!", llama.config.eos_token_id
     ids = tokenizer.encode(text).ids
     rows = torch.tensor([ids[:4] + [end] + ids[5:], ids])
     monkeypatch.setattr(llama, "generate", lambda *_, **__: iter(rows.T[:, :, None]))
@@ -1324,7 +1325,7 @@ def test_command_line(work, call, tmp_path):
     assert first.stdout != call(*args, "--num_samples=3", "--seed=7", cwd=work).out
     samples = first.stdout.split("\n" + "-" * 20 + "\n")
     assert len(samples) == 3 and all(text.startswith("The") for text in samples)
-    assert "only the last half is kept" in first.stderr and "tokens/s" in first.stderr
+    assert "tokens/s" in first.stderr
     assert "context" in refusal(call, *args[:3], "--prompt=" + "word " * 99, cwd=work)
     assert "python train.py first" in refusal(call, "sample.py", cwd=tmp_path)
     endless = shutil.copytree(newest(work / "out"), tmp_path / "endless")
@@ -1370,15 +1371,15 @@ def test_page_serves_two_at_once_and_survives_bad_input(page):
     from gradio_client import Client
     one, two = Client(page, verbose=False), Client(page, verbose=False)
     rest = (50, 0.8, 1, 0, 0, 1)
-    jobs = [client.submit(text, True, 1, *rest, api_name="/write")
+    jobs = [client.submit(text, 1, *rest, api_name="/write")
             for client, text in ((one, "First"), (two, "Second"), (one, "First"))]
     first, second, third = (job.result(timeout=120)[0] for job in jobs)
     assert first == third and first.startswith("First")
     assert second.startswith("Second") and "First" not in second
-    fourth, status, seed = one.predict("First", False, 1, *rest, api_name="/write")
-    assert fourth != first and seed != 1 and re.search(r"tokens, [\d.]+ tokens/s", status)
+    fourth, status = one.predict("First", -1, *rest, api_name="/write")
+    assert fourth != first and re.fullmatch(r"\d+ tokens, [\d.]+ tokens/s, seed \d+", status)
     with pytest.raises(Exception, match="shorten it"):
-        one.predict("word " * 99, True, 1, *rest, api_name="/write")
+        one.predict("word " * 99, 1, *rest, api_name="/write")
 
 
 def test_page_in_a_browser(page, tmp_path):

@@ -16,18 +16,19 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace on Ctrl-C while torch loads
+import prepare
+from prepare import Data, explained, read_json, require, say, tolerated
+
+if __name__ == "__main__":  # no stack trace on Ctrl-C while torch loads
+    prepare.on_signal(signal.SIG_DFL, "SIGINT")
 
 import numpy as np
 import torch
@@ -38,9 +39,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-
-import prepare
-from prepare import Data, explained, read_json, require, say, tolerated
 
 # -------------------------------------------------------------------------------------- settings
 # run
@@ -125,23 +123,21 @@ def presets(flags):
 
 def check_settings():
     """Refuse invalid settings."""
-    def rule(name, good, text):
-        require(good, f"--{name}={globals()[name]} must be {text}")
-
+    choices = {"optimizer": "adamw, muon", "schedule": "cosine, wsd",
+               "compile": "auto, true, false", "dtype": "auto, float32, bfloat16, float16"}
+    for name, known in choices.items():
+        value = globals()[name]
+        require(value in known.split(", "), f"--{name}={value} must be one of {known}")
     for name in ("n_layer n_head n_kv_head n_embd intermediate_size rope_theta block_size "
                  "batch_size gradient_accumulation_steps max_iters eval_interval "
                  "log_interval").split():
-        rule(name, globals()[name] >= 1, "1 or more")
+        require(globals()[name] >= 1, f"--{name}={globals()[name]} must be 1 or more")
     for name in ("dropout", "beta1", "beta2"):
-        rule(name, globals()[name] < 1, "below 1")
-    for name, choices in (("optimizer", "adamw muon"), ("schedule", "cosine wsd"),
-                          ("compile", "auto true false"),
-                          ("dtype", "auto float32 bfloat16 float16")):
-        rule(name, globals()[name] in choices.split(), choices.replace(" ", " or "))
-    rule("n_head", n_head % n_kv_head == 0, f"a multiple of --n_kv_head={n_kv_head}")
-    rule("warmup_iters", warmup_iters <= max_iters, f"at most --max_iters={max_iters}")
-    rule("min_lr", min_lr == -1 or 0 <= min_lr <= learning_rate,
-         f"from 0 to --learning_rate={learning_rate}")
+        require(globals()[name] < 1, f"--{name}={globals()[name]} must be below 1")
+    require(n_head % n_kv_head == 0, f"--n_head={n_head} must be a multiple of {n_kv_head=}")
+    require(warmup_iters <= max_iters, f"--warmup_iters={warmup_iters} is above {max_iters=}")
+    require(min_lr == -1 or 0 <= min_lr <= learning_rate,
+            f"--min_lr={min_lr} must be from 0 to --learning_rate={learning_rate}")
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -217,24 +213,20 @@ LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32; those of a whole batch would tak
 
 
 class SlicedLoss(torch.autograd.Function):
-    """
-    slice_loss over even slices. Gradients are computed in the forward pass, so that the logits of a
-    slice can be freed before the next (as in Liger Kernel, arXiv:2410.10989).
-    """
+    """slice_loss by even slices, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_of):
-        max_logits = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
-        slices = math.ceil(len(x) * len(weight) / max_logits)
+        at_once = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
+        slices = math.ceil(len(x) * len(weight) / at_once)
         rows = 128 * math.ceil(len(x) / slices / 128)
-        need_grad = ctx.needs_input_grad[0]
-        x = x.detach().requires_grad_(need_grad)
-        weight = weight.detach().requires_grad_(need_grad)
+        training = ctx.needs_input_grad[0]
+        x, weight = (tensor.detach().requires_grad_(training) for tensor in (x, weight))
         summed = 0.0
-        with torch.set_grad_enabled(need_grad):
-            for x_slice, target_slice in zip(x.split(rows), targets.split(rows)):
-                loss = loss_of(x_slice, weight, target_slice)
-                if need_grad:
+        with torch.set_grad_enabled(training):
+            for some_x, some_targets in zip(x.split(rows), targets.split(rows)):
+                loss = loss_of(some_x, weight, some_targets)
+                if training:
                     loss.backward()
                 summed = summed + loss.detach()
         ctx.save_for_backward(x.grad, weight.grad)
@@ -280,21 +272,18 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def head(self):
-        """The matrix (V, C) that makes logits: the embedding's own where the two are tied."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.weight
-        return self.lm_head.weight
+        """The matrix (V, C) that makes logits; a tied model uses the embedding's."""
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def hidden(self, tokens, caches=None, positions=None):
         """The final hidden states (B, T, C) of tokens (B, T), at `positions` (T,) of the caches."""
         x = self.dropout(self.model.embed_tokens(tokens))
+        mask = None
         if caches is None:
             caches = [None] * len(self.model.layers)
-            mask = None
             positions = torch.arange(tokens.shape[1], device=x.device)
         else:
-            limit = caches[0].shape[3]
-            mask = positions[:, None] >= torch.arange(limit, device=x.device)
+            mask = positions[:, None] >= torch.arange(caches[0].shape[3], device=x.device)
         cos = self.cos[positions].to(x.dtype)
         sin = self.sin[positions].to(x.dtype)
         for layer, cache in zip(self.model.layers, caches):
@@ -379,24 +368,25 @@ def orthogonal(matrices):
 
 def make_optimizers(model):
     """[AdamW], or [AdamW for embedding and norms, Muon for the layers' matrices]."""
-    decayed, norms, matrices = [], [], defaultdict(list)
+    norms, matrices = [], []
+    stacks = {}  # the layers' matrices, by shape
     for name, p in model.named_parameters():
         if p.dim() == 1:
             norms.append(p)
         elif p.dim() == 2 and optimizer == "muon" and ".layers." in name:
-            matrices[p.shape].append(p)
+            stacks.setdefault(p.shape, []).append(p)
         elif p.dim() == 2:
-            decayed.append(p)
+            matrices.append(p)
         else:
             raise ValueError(f"no optimizer is chosen for {name}, of shape {tuple(p.shape)}")
-    groups = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, learning_rate, (beta1, beta2),
-                              weight_decay=weight_decay, fused=True)
-    if optimizer == "adamw":
+    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    betas = (beta1, beta2)
+    adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
+    if not stacks:
         return [adamw]
-    stacks = [{"params": stack, "scale": MUON_SCALE} for stack in matrices.values()]
+    groups = [{"params": stack, "scale": MUON_SCALE} for stack in stacks.values()]
     defaults = {"lr": 0.0, "weight_decay": weight_decay}  # update() sets the rate
-    return [adamw, Muon(stacks, defaults)]
+    return [adamw, Muon(groups, defaults)]
 
 
 def learning_rate_at(iteration):
@@ -457,11 +447,12 @@ def read_config(folder):
     for key, value in numbers.items():
         good = isinstance(value, (int, float)) and value > 0
         require(good, f"{file}: {key}={value} is not a number above 0")
+    stops = config.get("eos_token_id", [])  # one id or several
     return SimpleNamespace(
         **SUPPORTED, **numbers, head_dim=config.get("head_dim", config["hidden_size"] // heads),
         initializer_range=config.get("initializer_range", 0.02),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
-        eos_token_id=config.get("eos_token_id"))
+        eos_token_id=stops if isinstance(stops, list) else [stops])
 
 
 def load_model(folder, dropout=0.0):
@@ -483,7 +474,7 @@ class Run:
 
     iteration: int = 0
     sequences: int = 0  # trained on so far; the next batch begins after them
-    val_loss: float = None  # of the current weights; None before they are evaluated
+    val_loss: float = None  # of these weights; None if not evaluated, or not finite
     rows: list = field(default_factory=list)  # of log.csv
     wandb_id: str = None
 
@@ -492,6 +483,12 @@ class Run:
         if not self.rows or self.rows[-1]["iter"] != self.iteration:
             self.rows.append({"iter": self.iteration})
         self.rows[-1].update(columns)
+
+    def advance(self, sequences):
+        """Count an iteration on so many sequences."""
+        self.iteration += 1
+        self.sequences += sequences
+        self.val_loss = None
 
 
 def save_checkpoint(model, data, run, optimizers, machine):
@@ -585,43 +582,41 @@ def has_bfloat16(device):
 def set_up_machine():
     """Where and how to compute, as a namespace."""
     rank, world = prepare.process_rank()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    chosen = choose_device(device)
-    cuda = chosen.type == "cuda"
+    where = choose_device(device)
+    cuda = where.type == "cuda"
     if cuda and world > 1:
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         gpus = torch.cuda.device_count()
-        require(chosen.index < gpus, f"there are {gpus} GPUs here: use --nproc_per_node={gpus}")
-        torch.cuda.set_device(chosen)
+        require(where.index < gpus, f"there are {gpus} GPUs here: use --nproc_per_node={gpus}")
+        torch.cuda.set_device(where)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    if chosen.type == "cpu":
-        keep_freed_memory()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
 
-    pays = cuda or n_embd >= 512  # on CPUs bfloat16 and compiling pay with wide models alone
-    products = dtype
-    if dtype == "auto":
-        products = "float16" if cuda else "float32"
-        if has_bfloat16(chosen) and pays:
-            products = "bfloat16"
     sequences = batch_size * gradient_accumulation_steps
     require(sequences % world == 0, f"{world} processes cannot share {sequences} sequences: "
                                     "change --batch_size or --gradient_accumulation_steps")
     micro_batch = min(batch_size, sequences // world)
-    if chosen.type == "cpu":
+    if where.type == "cpu":
+        keep_freed_memory()
         micro_batch = min(micro_batch, max(1, TOKENS_AT_ONCE // block_size))
+
+    pays = cuda or n_embd >= 512  # on CPUs bfloat16 and compiling pay with wide models alone
+    products = dtype
+    if dtype == "auto" and pays and has_bfloat16(where):
+        products = "bfloat16"
+    elif dtype == "auto":
+        products = "float16" if cuda else "float32"
+    autocast = torch.autocast(where.type, getattr(torch, products), enabled=products != "float32")
+    scaler = torch.amp.GradScaler(where.type, 4096.0, enabled=products == "float16")
     return SimpleNamespace(
-        device=chosen, dtype=products, rank=rank, world=world,
+        device=where, rank=rank, world=world, dtype=products, autocast=autocast, scaler=scaler,
         sequences=sequences, micro_batch=micro_batch,  # of an iteration, and at a time
         compile=compile == "true" or (compile == "auto" and pays),
-        hide_bar=True if rank > 0 else None,  # None: shown if there is a terminal
-        autocast=torch.autocast(
-            chosen.type, getattr(torch, products), enabled=products != "float32"),
-        scaler=torch.amp.GradScaler(
-            chosen.type, init_scale=4096, enabled=products == "float16"))
+        hide_bar=True if rank > 0 else None)  # None: shown if there is a terminal
 
 
 def keep_freed_memory():
@@ -633,25 +628,22 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_MAX, 0)
 
 
-def compiler_problem(device):
-    """Why torch.compile does not work on a device; None if it does."""
-    try:
+def compiles(device):
+    """Whether torch.compile works on a device; a warning says why not."""
+    with tolerated("compiling", Exception):  # a compiler's, a driver's or a cache folder's
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))
-    except Exception as error:  # a compiler's, a driver's, a cache folder's
-        return " ".join(str(error).split())[:200]
+        return True
+    return False
 
 
 def compile_model(model, machine):
     """Compile the layers and the loss, if that is wanted and works here."""
-    if not machine.compile:
-        return
-    say("compiling, which takes up to a minute ...")
-    problem = compiler_problem(machine.device)
-    if problem:
-        return say(f"warning: not compiled, so slower: {problem}")
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)  # all of them use the first one's graph
-    model.slice_loss = torch.compile(slice_loss, dynamic=False)
+    if machine.compile:
+        say("compiling, which takes up to a minute ...")
+    if machine.compile and compiles(machine.device):
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)  # all of them use the first one's graph
+        model.slice_loss = torch.compile(slice_loss, dynamic=False)
 
 
 def total(number, machine):
@@ -671,6 +663,7 @@ def find_start():
     require(not saved or init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
     if not saved:
         source = None if init_from in NO_MODEL else find_model(init_from)
+        require(source or not eval_only, f"{out_dir} holds no run: leave out --eval_only")
         return source, {}
     file = saved[-1] / "run.json"
     require(file.exists(), f"{saved[-1]} is of an older train.py and cannot be resumed: start from "
@@ -713,11 +706,9 @@ def resolve_settings(saved, data):
     changed = {key: value for key, value in old.items() if now.get(key, value) != value}
     if init_from in NO_MODEL and changed.get("init_from") in NO_MODEL:
         del changed["init_from"]
-    wrong = [key for key in ("init_from", "size", *SHAPE, "optimizer") if key in changed]
-    if wrong and wrong[0] in ("init_from", "size"):
-        wrong = wrong[:1]  # which sets the others
-    flags = " ".join(f"--{key}={changed[key]}" for key in wrong)
-    require(not wrong, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
+    for keys in (["init_from"], ["size"], [*SHAPE, "optimizer"]):  # the first two set others
+        flags = " ".join(f"--{key}={changed[key]}" for key in keys if key in changed)
+        require(not flags, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
     same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
             f"{data_dir} is not the text that the run in {out_dir} began with: prepare that one "
@@ -774,14 +765,14 @@ def report(flags, model, data, run, machine, source):
 def report_memory(parameters, machine):
     """Print what a step needs on a CPU, where the system kills a process that takes too much."""
     tokens = machine.micro_batch * block_size
-    state = 16 * parameters  # weights, gradients and two moments
+    state = 16 * parameters  # bytes: weights, gradients and two moments
     logits = 12 * min(LOGITS_AT_ONCE, tokens * vocab_size)  # and their gradients
     layers = 4 * tokens * n_layer * (16 * n_embd + 4 * intermediate_size)  # for the backward pass
     needed = (state + logits + layers) / 1e9
     say(f"memory     about {needed:.1f} GB for a step")
     if sys.platform == "linux":
-        free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-        free = int(free[1]) / 1e6 / machine.world
+        _, _, line = Path("/proc/meminfo").read_text().partition("MemAvailable:")
+        free = int(line.split()[0]) / 1e6 / machine.world
         if needed > free:
             say(f"warning: only {free:.1f} GB are free: the system may kill this process; lower "
                 "--batch_size or --block_size, or try --gradient_checkpointing=true")
@@ -796,37 +787,40 @@ def start_wandb(run):
     run.wandb_id = wandb.run.id
 
 
+@tolerated("writing log.csv", OSError)
 def write_log(rows):
     """Rewrite log.csv with every column that occurs; send wandb the last row."""
     columns = dict.fromkeys(key for row in rows for key in row)
-    with tolerated("writing log.csv", OSError):
-        with open(Path(out_dir, "log.csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    with open(Path(out_dir, "log.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     if wandb_log:
         import wandb
         wandb.log(rows[-1], step=rows[-1]["iter"])
 
 
+@tolerated("drawing loss.png", Exception)
 def draw_curve(rows, data):
     """Draw the losses and the learning rate of log.csv as out_dir/loss.png."""
     from matplotlib.figure import Figure
     figure = Figure((7, 5), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
 
-    train = np.array([(row["iter"], row["train_loss"], row["lr"]) for row in rows if "lr" in row])
-    if len(train):
-        x, y, rate = train.T
-        window = np.ones(1 + len(x) // 20)
-        smooth = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
-        losses.plot(x, y, "tab:blue", alpha=0.25)
-        losses.plot(x, smooth, "tab:blue", label="training, smoothed")
-        rates.plot(x, rate, "tab:gray")
-    x, y = np.array([(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]).T
+    def points(name):
+        found = [(row["iter"], row[name]) for row in rows if name in row]
+        return np.array(found).reshape(-1, 2).T
+
+    x, y = points("train_loss")
+    reach = len(y) // 40
+    smooth = [y[max(0, i - reach):i + reach + 1].mean() for i in range(len(y))]
+    losses.plot(x, y, "tab:blue", alpha=0.25)
+    losses.plot(x, smooth, "tab:blue", label="training, smoothed")
+    x, y = points("val_loss")
     best = np.nanargmin(y)
     losses.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
     losses.plot(x[best], y[best], "r*", markersize=12, label=f"best: {y[best]:.4f}")
+    rates.plot(*points("lr"), "tab:gray")
 
     # bits per byte of one nat per token
     bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)
@@ -954,30 +948,17 @@ def is_due(iteration):
     return iteration % eval_interval == 0 or iteration >= max_iters
 
 
-def evaluate_and_save(model, data, run, optimizers, machine):
-    """Evaluate, log, save and sample, if due; only save if a stop signal came, and return True."""
-    scores = None
-    if is_due(run.iteration) and run.val_loss is None:
-        if not run.rows:
-            say(f"evaluating {data.meta['val_tokens']:,} tokens before the first iteration ...")
-        scores = evaluate(model, data, machine)
-    stopping = total(len(stop_signals), machine) > 0
-    if scores:
-        run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
-        run.record(**scores)
-        say(f"iteration {run.iteration:,}: {result_line(scores)}")
-    if machine.rank > 0:
-        return stopping
-
-    if scores:
-        write_log(run.rows)
-        with tolerated("drawing loss.png", Exception):
-            draw_curve(run.rows, data)
-    if (scores or stopping) and run.iteration > 0:
-        save_checkpoint(model, data, run, optimizers, machine)
-    if scores:
-        show_sample(model, data, run.iteration)
-    return stopping
+def log_iteration(run, bar, began, loss, norm, rate, machine):
+    """Show an iteration on the bar and, every log_interval of them, in log.csv."""
+    speed = machine.sequences * block_size / max(time.perf_counter() - began, 1e-9)
+    bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
+    bar.update()
+    if run.iteration % log_interval == 0 or is_due(run.iteration):
+        run.record(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
+        if machine.rank == 0:
+            write_log(run.rows)
+        if bar.disable:
+            say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
 
 def result_line(scores):
@@ -1007,7 +988,6 @@ def main():
     if machine.rank == 0 and not eval_only:
         prepare.lock(out_dir)
     source, saved = find_start()
-    require(source or not eval_only, f"--eval_only needs a run in {out_dir}, or --init_from=MODEL")
     data = open_data(source)
     resolve_settings(saved, data)
 
@@ -1025,11 +1005,26 @@ def main():
     share = machine.sequences // machine.world  # of this process
     first_iteration = run.iteration
     skipped = 0  # updates skipped in a row
-    bar = tqdm(total=max_iters, initial=first_iteration, dynamic_ncols=True,
-               disable=machine.hide_bar,
+    bar = tqdm(total=max_iters, initial=run.iteration, dynamic_ncols=True, disable=machine.hide_bar,
                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}")
     while True:
-        stopping = evaluate_and_save(model, data, run, optimizers, machine)
+        # at intervals and at the end evaluate, save and sample; at a stop signal only save
+        scores = None
+        if is_due(run.iteration) and run.val_loss is None:
+            if not run.rows:
+                say(f"evaluating {data.meta['val_tokens']:,} tokens before the first iteration ...")
+            scores = evaluate(model, data, machine)
+        stopping = total(len(stop_signals), machine) > 0
+        if scores:
+            run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
+            run.record(**scores)
+            say(f"iteration {run.iteration:,}: {result_line(scores)}")
+        if machine.rank == 0 and run.iteration > 0 and (scores or stopping):
+            save_checkpoint(model, data, run, optimizers, machine)
+        if machine.rank == 0 and scores:
+            write_log(run.rows)
+            draw_curve(run.rows, data)
+            show_sample(model, data, run.iteration)
         if stopping or run.iteration >= max_iters:
             break
 
@@ -1044,24 +1039,12 @@ def main():
         if skipped == 0:
             update(optimizers, rate, machine)
         machine.scaler.update()
-        run.iteration += 1
-        run.sequences += machine.sequences
-        run.val_loss = None
-
-        # log
-        speed = machine.sequences * block_size / max(time.perf_counter() - began, 1e-9)
-        bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
-        bar.update()
+        run.advance(machine.sequences)
+        log_iteration(run, bar, began, loss, norm, rate, machine)
         if skipped:
             say(f"iteration {run.iteration:,}: update skipped, loss {loss}, gradient norm {norm}")
             require(skipped < 5, f"no finite gradient in {skipped} iterations, learning rate "
                                  f"{rate:.3g}: run again with a lower --learning_rate")
-        if run.iteration % log_interval == 0 or is_due(run.iteration):
-            run.record(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
-            if machine.rank == 0:
-                write_log(run.rows)
-            if bar.disable:
-                say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
     bar.close()
     say_goodbye(run, first_iteration)
