@@ -56,18 +56,21 @@ CONTEXT = AROUND // 2 + 1
 
 MARK = "<|endoftext|>"  # ends a document in plain text, and is the token that ends it in the BPE
 END = MARK + "\n"       # how each document ends in the spool
-END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "[SEP]")
-SPLITS = ("train", "val")
+END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[SEP]")
+SPACES = b" \t\n\v\f\r"   # which tokenizers may add or remove
 TABLES = (".csv", ".tsv")  # refused
+SPLITS = ("train", "val")
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # on the command line
+WARNED = set()          # what has failed already, see tolerated()
 
 
 # --------------------------------------------------------------------------------- names → files
 def find_files(names, text_field, data_dir, work):
     """The paths that --input means, in order. Downloads go to the folder `work`."""
-    names = os.path.expanduser(names)
-    is_one_name = os.path.exists(names)  # which may have commas in it
     files = []
-    for name in [names] if is_one_name else names.split(","):
+    is_one = os.path.exists(names)  # whose name may have commas in it
+    for name in [names] if is_one else names.split(","):
         name = os.path.expanduser(name.strip())
         if "://" in name:
             files.append(download(name, work))
@@ -84,15 +87,15 @@ def find_files(names, text_field, data_dir, work):
 def files_of(name, text_field):
     """The text files in a folder and its subfolders, hidden ones aside, or those of a glob."""
     if os.path.isdir(name):
-        inside = ((path, path.relative_to(name).as_posix()) for path in Path(name).rglob("*"))
-        found = [path for path, shown in inside if "/." not in "/" + shown]
+        found = [path for path in Path(name).rglob("*")
+                 if not any(part[0] == "." for part in path.relative_to(name).parts)]
     else:
         root = Path(name).anchor or "."
         found = Path(root).glob(os.path.relpath(name, root))
 
     # each file once: of a file and the links to it, the first
-    found = sorted((str(path) for path in found if path.is_file()), reverse=True)
-    found = sorted({os.path.realpath(path): path for path in found}.values())
+    found = sorted(filter(Path.is_file, found), reverse=True)
+    found = sorted({os.path.realpath(path): str(path) for path in found}.values())
     files = [path for path in found if is_text(path, text_field)]
     skipped = len(found) - len(files)
     require(files, f"{name}: no text files found, {skipped:,} others skipped")
@@ -139,8 +142,7 @@ def spool(files, text_field, file):
 def read(path, text_field):
     """Yield the text of a file in parts, with END after each document."""
     kind = kind_of(path)
-    require(kind not in TABLES, f"{path}: {kind} is not supported, convert it to .jsonl or "
-                                ".parquet and name the column with --text_field")
+    require(kind not in TABLES, f"{path}: {kind} is not read: make it .jsonl, see --text_field")
     with open_file(path) as file:
         first = file.peek(1)[:1]
         is_pipe = kind == "" and not os.path.isfile(path)  # no name says what is in it
@@ -179,8 +181,8 @@ def open_file(path):
 
 def read_plain(path, file):
     """Yield the characters of a file in blocks, with every line end as a newline."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     done = 0
     block = True
     while block:
@@ -222,8 +224,7 @@ def find_split(file, size, val_fraction):
     """The byte of the spool at which validation begins: the best boundary near the place wanted."""
     wanted = min(val_fraction * size, VAL_LIMIT)
     target = round(size - wanted)
-    one_percent = int(min(size, 10 * wanted) / 100)
-    reach = max(one_percent, len(END))  # in a tiny text, a mark or a character is not cut
+    reach = max(len(END), int(min(size, 10 * wanted) / 100))  # at most one percent
     low = max(1, target - reach, size - VAL_LIMIT - len(END))
     high = max(0, min(size - len(END) - 1, target + reach))
 
@@ -261,9 +262,9 @@ def train_bpe(texts, vocab_size):
     words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     bpe.pre_tokenizer = pre_tokenizers.Sequence(words)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=[MARK],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=[MARK],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=sys.stderr.isatty())
     # cut at ends of words, and very long words anywhere: they would take minutes
     part = re.compile(r"(?s).{1,256}(?:.{0,99}?\w\b)?")
     parts = (match[0] for text, _ in texts for match in part.finditer(text))
@@ -283,10 +284,8 @@ def vocabulary_of(tokenizer):
 
 # ---------------------------------------------------------------------------- documents → tokens
 def pieces(documents, tokenizer):
-    """
-    Cut documents, given as (text, whether one ends there), into (context, text, ends). The tokens
-    of a piece are those of context + text, less those of the context: joined, those of the whole.
-    """
+    """Cut documents, given as (text, whether one ends there), into (context, text, ends)."""
+    # The tokens of context + text, less those of the context, are those of the whole document.
     context = text = ""
     tried = 0  # up to here no cut of the text was safe
     for part, ends in documents:
@@ -312,16 +311,15 @@ def pieces(documents, tokenizer):
 
 
 def is_safe(before, after, tokenizer):
-    """
-    Whether a cut between two texts changes no token: those before it must not depend on how much
-    follows, nor those after it on how much comes before.
-    """
+    """Whether a cut between two texts changes no token of them."""
     if before[:1] == before[1:2] or after[-2:-1] == after[-1:]:
         return False  # the tokens of a run of one character can depend on its whole length
     if isinstance(tokenizer.model, models.Unigram) and tokenizer.pre_tokenizer is None:
         return False  # which tokens are likeliest can depend on all of the text
+    # The tokens before the cut must not depend on how much follows, nor those after it on how much
+    # comes before. With one length instead of two, a text that repeats itself would pass.
     tails = []
-    for head in (before, before[-CONTEXT:]):  # with one length, a text that repeats itself passes
+    for head in (before, before[-CONTEXT:]):
         left, *both = encode(tokenizer, [head, head + after, head + after[:CONTEXT]])
         if any(ids[:len(left)] != left for ids in both):
             return False
@@ -335,28 +333,23 @@ def encode(tokenizer, texts):
 
 
 def encoded(documents, tokenizer):
-    """Yield documents in pieces: (text, its token ids, whether a document ends there)."""
+    """Yield documents in pieces: (text, its ids, whether a document begins and whether it ends)."""
     all_pieces = pieces(documents, tokenizer)
     while batch := list(itertools.islice(all_pieces, BATCH)):
         contexts = encode(tokenizer, [context for context, _, _ in batch])
         wholes = encode(tokenizer, [context + text for context, text, _ in batch])
-        for (_, text, ends), known, ids in zip(batch, contexts, wholes):
-            yield text, ids[len(known):], ends
+        for (context, text, ends), known, ids in zip(batch, contexts, wholes):
+            yield text, ids[len(known):], context == "", ends
 
 
 def byte_counter(tokenizer):
     """A function: how many bytes, white space aside, a list of ids stands for."""
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-        return lambda ids: visible(tokenizer.decode(ids).encode())
+        return lambda ids: len(tokenizer.decode(ids).encode().translate(None, SPACES))
     # here a token is written with one letter for each byte, and these letters are white space
-    tokens = [tokenizer.id_to_token(number) or "" for number in range(vocabulary_of(tokenizer)[0])]
-    sizes = np.array([len(re.sub("[ĠĉĊċČč]", "", token)) for token in tokens])
-    return lambda ids: int(sizes[ids].sum())
-
-
-def visible(data):
-    """The number of bytes that are not white space."""
-    return len(data.translate(None, b" \t\n\v\f\r"))
+    sizes = {number: len(re.sub("[ĠĉĊċČč]", "", token))
+             for token, number in tokenizer.get_vocab().items()}
+    return lambda ids: sum(sizes[number] for number in ids)
 
 
 # ------------------------------------------------------------------------------- tokens → folder
@@ -385,37 +378,35 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
                 coder = train_bpe(texts, vocab_size)
 
             new = Path(work, "new")
-            new.mkdir()
             write_folder(new, file, {"train": (0, split), "val": (split, size)}, coder)
-            put_in_place(new, folder, work)
+            put_in_place(new, folder)
     print(f"validation is the last {1 - split / size:.1%} of the text, from within {place} on")
     print(f"{data_dir} is ready, next: python train.py --data_dir={data_dir}")
 
 
 def write_folder(folder, file, ranges, tokenizer):
     """Write the four files of a data_dir, from ranges {split: (start, stop)} of the spool."""
-    size, eot = vocabulary_of(tokenizer)
-    meta = {"vocab_size": size, "eos_token_id": eot}
+    vocabulary, eot = vocabulary_of(tokenizer)
+    meta = {"vocab_size": vocabulary, "eos_token_id": eot}
     prefix = prefix_ids(tokenizer)
     bytes_of = byte_counter(tokenizer)
     lost = 0
+    folder.mkdir()
     for split, (start, stop) in ranges.items():
         size = 0
-        begins = True
         with progress(f"tokenizing {split}", stop - start) as bar, \
                 open(folder / f"{split}.bin", "wb") as out:
             out.write(np.array([eot], "<u2"))  # so that the first document follows one, too
-            for text, ids, ends in encoded(documents(file, start, stop), tokenizer):
+            for text, ids, begins, ends in encoded(documents(file, start, stop), tokenizer):
                 data = text.encode()
                 size += len(data)
-                lost += visible(data) - bytes_of(ids)
+                lost += len(data.translate(None, SPACES)) - bytes_of(ids)
                 bar.update(len(data))
                 if begins:
                     ids = prefix + ids
                 if ends:
                     ids = ids + [eot]
                 out.write(np.array(ids, "<u2"))
-                begins = ends
             tokens = out.tell() // 2
         print(f"{split}: {size:,} bytes, {tokens:,} tokens")
         require(tokens > 1, f"the {split} split has no tokens")
@@ -438,11 +429,11 @@ def check_folder(folder):
                        "not write: choose another folder, since this one would be replaced")
 
 
-def put_in_place(new, folder, work):
+def put_in_place(new, folder):
     """Replace a folder with a finished one. Of several at once the last wins, whole."""
     for number in range(100):  # another preparation may put its own there between the two renames
         check_folder(folder)
-        old = Path(work, f"old-{number}")
+        old = new.with_name(f"old-{number}")
         try:
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(old)
@@ -462,7 +453,7 @@ class Data:
         again = f"run python prepare.py --data_dir={folder} on your text again"
         with explained(f"cannot read {folder}, {again}", OSError, ValueError):
             self.meta = json.loads(Path(folder, "meta.json").read_text("utf-8"))
-            self.files = {split: open(Path(folder, f"{split}.bin"), "rb") for split in SPLITS}
+            self.files = {split: open(Path(folder, split + ".bin"), "rb") for split in SPLITS}
         self.tokenizer = load_tokenizer(folder)
         self.folder = folder
         self.eot = self.meta.get("eos_token_id")
@@ -474,24 +465,18 @@ class Data:
         require(found == self.meta, f"{folder}/meta.json does not match the other files: {again}")
 
     def windows(self, split, starts, length):
-        """
-        The `length` tokens from each of `starts` on, and the tokens that follow them, as
-        (inputs, targets): int64, both (len(starts), length). Past the end targets are -1.
-        """
+        """The tokens from each start on and the next ones, int64, both (len(starts), length)."""
         # a map that stays open keeps every page that it has read in memory
         ids = np.memmap(self.files[split], "<u2", "r")
         places = np.add.outer(starts, np.arange(length + 1))
         tokens = np.where(places < len(ids), ids.take(places, mode="clip").astype(np.int64), -1)
         require(tokens.max() < self.meta["vocab_size"],
-                f"{self.folder}/{split}.bin is damaged: it holds the id {tokens.max()}, beyond the "
-                "vocabulary: run python prepare.py on your text again")
-        return tokens[:, :-1].clip(min=0), tokens[:, 1:]
+                f"{self.folder}/{split}.bin holds the id {tokens.max()}: prepare your text again")
+        return tokens[:, :-1].clip(min=0), tokens[:, 1:]  # past the end targets are -1
 
     def training_batch(self, first, count, length, seed):
-        """
-        Sequences `first` to `first + count - 1` of a run, as (inputs, targets). An epoch has each
-        window of `length` tokens once, in an order of its own, from an offset of its own.
-        """
+        """Sequences `first` to `first + count - 1` of a run, as windows() gives them."""
+        # an epoch has each window once, in an order of its own, from an offset of its own
         per_epoch = self.meta["train_tokens"] // length - 1
         starts = []
         for number in range(first, first + count):
@@ -509,22 +494,18 @@ def epoch_order(seed, epoch, windows, length):
 
 
 # --------------------------------------------------- options and errors, for all three scripts
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-
-
 def configure(config, argv, presets=lambda flags: {}):
-    """
-    Set the settings of a script, given as its globals(), from its command line: --key=value,
-    --key value, --switch alone, or a file of `key = value` lines. What presets(flags) returns is
-    applied before the flags. Returns {name: value} of what the command line gave.
-    """
+    """Set the settings in a script's globals() from argv. Returns what argv gave, {name: value}."""
     settings = settings_of(config)
     flags = {}
     words = list(argv)
     while words:
         word = words.pop(0)
         if word in ("--help", "-h"):
-            show_help(config)
+            source = Path(config["__file__"]).read_text("utf-8")
+            block = re.search(r"(?ms)^# -+ settings\n(.*?)^(?:# -+ |def )", source)[1]
+            print(config["__doc__"].strip(), block.strip(), sep="\n\n")
+            sys.exit()
         if word.endswith(".py") and not word.startswith("--"):
             words = flags_in_file(word) + words
             continue
@@ -536,14 +517,20 @@ def configure(config, argv, presets=lambda flags: {}):
             hint = f": did you mean --{near[0]}?" if near else ", see --help"
             fail(f"unknown flag --{name}{hint}")
         default = settings[name]
+        is_switch = isinstance(default, bool)
         if not equals:
             alone = not words or words[0].startswith("--")
-            is_switch = isinstance(default, bool)
             require(is_switch or not alone, f"{word} needs a value: {word}=VALUE")
             text = "true" if alone else words.pop(0)
-        flags[name] = parse(name, text, default)
 
-    config.update(presets(flags) | flags)
+        with explained(f"--{name}={text} must be like --{name}={default}", KeyError, ValueError):
+            flags[name] = BOOLEANS[text.lower()] if is_switch else type(default)(text)
+        if not isinstance(default, str):
+            # -1, for a value to be worked out, is allowed only where it is the default
+            least = min(0, default)
+            require(least <= flags[name] < np.inf, f"--{name}={text} must be {least} or more")
+
+    config.update(presets(flags) | flags)  # flags win over what --size, for example, stands for
     return flags
 
 
@@ -551,14 +538,6 @@ def settings_of(config):
     """The settings among a script's globals, those with a lowercase name and a plain value."""
     return {name: value for name, value in config.items()
             if name.islower() and name[0] != "_" and isinstance(value, (bool, int, float, str))}
-
-
-def show_help(config):
-    """Print a script's docstring and its block of settings, and end."""
-    source = Path(config["__file__"]).read_text("utf-8")
-    block = re.search(r"(?ms)^# -+ settings\n(.*?)^(?:# -+ |def )", source)[1]
-    print(config["__doc__"].strip(), block.strip(), sep="\n\n")
-    sys.exit()
 
 
 def flags_in_file(path):
@@ -571,27 +550,14 @@ def flags_in_file(path):
                 for line in lines for name in line.targets]
 
 
-def parse(name, text, default):
-    """The text of a flag, converted to the type of its default."""
-    with explained(f"--{name}={text} must be like --{name}={default}", KeyError, ValueError):
-        value = BOOLEANS[text.lower()] if isinstance(default, bool) else type(default)(text)
-    if not isinstance(value, str):
-        # -1, for a value to be worked out, is allowed only where it is the default
-        least = min(0, default)
-        require(least <= value < float("inf"), f"--{name}={text} must be {least} or more")
-    return value
-
-
 def load_tokenizer(name):
     """The tokenizers.Tokenizer of a tokenizer.json, of a folder that holds one, or of a hub id."""
     path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else str(name)
     # the tokenizers library raises plain Exception, so nothing finer can be named
     with explained(f"cannot load the tokenizer {name}", Exception):
         is_file = os.path.exists(path) or path.endswith(".json")
-        load = Tokenizer.from_file if is_file else Tokenizer.from_pretrained
-        tokenizer = load(path)
-    # which may be saved with it
-    tokenizer.no_truncation()
+        tokenizer = Tokenizer.from_file(path) if is_file else Tokenizer.from_pretrained(path)
+    tokenizer.no_truncation()  # either may be saved with it
     tokenizer.no_padding()
     return tokenizer
 
@@ -664,9 +630,6 @@ def tolerated(what, *kinds):
             say(f"warning: {what} failed, continuing without "
                 f"({type(error).__name__}: {str(error)[:200]})", sys.stderr)
         WARNED.add(what)
-
-
-WARNED = set()
 
 
 def lock(folder):
