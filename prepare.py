@@ -52,25 +52,23 @@ PIECE = 2 ** 15         # characters that a core encodes at a time
 BATCH = 32              # pieces that the cores share
 WORD_REACH = 99         # characters in which the end of a word is looked for
 AROUND = 256            # characters on each side of a cut that show whether it changes a token
-CONTEXT = AROUND // 2 + 1
+CONTEXT = 129           # characters before a piece that are encoded with it; not half of AROUND
 
 MARK = "<|endoftext|>"  # ends a document in plain text, and is the token that ends it in the BPE
 END = MARK + "\n"       # how each document ends in the spool
-END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[SEP]")
-SPACES = b" \t\n\v\f\r"   # which tokenizers may add or remove
-TABLES = (".csv", ".tsv")  # refused
+END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "[SEP]")
+SPACES = b" \t\n\v\f\r"  # white space, which tokenizers may add or remove
+TABLES = (".csv", ".tsv")
 SPLITS = ("train", "val")
-
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # on the command line
-WARNED = set()          # what has failed already, see tolerated()
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+WARNED = set()  # what `tolerated` has warned of
 
 
 # --------------------------------------------------------------------------------- names → files
 def find_files(names, text_field, data_dir, work):
     """The paths that --input means, in order. Downloads go to the folder `work`."""
     files = []
-    is_one = os.path.exists(names)  # whose name may have commas in it
-    for name in [names] if is_one else names.split(","):
+    for name in [names] if os.path.exists(names) else names.split(","):  # one may hold commas
         name = os.path.expanduser(name.strip())
         if "://" in name:
             files.append(download(name, work))
@@ -85,7 +83,7 @@ def find_files(names, text_field, data_dir, work):
 
 
 def files_of(name, text_field):
-    """The text files in a folder and its subfolders, hidden ones aside, or those of a glob."""
+    """The text files in a folder and below, without hidden and linked folders, or in a glob."""
     if os.path.isdir(name):
         found = [path for path in Path(name).rglob("*")
                  if not any(part[0] == "." for part in path.relative_to(name).parts)]
@@ -287,25 +285,25 @@ def pieces(documents, tokenizer):
     """Cut documents, given as (text, whether one ends there), into (context, text, ends)."""
     # The tokens of context + text, less those of the context, are those of the whole document.
     context = text = ""
-    tried = 0  # up to here no cut of the text was safe
+    place = PIECE
     for part, ends in documents:
         text += part
-        while (place := tried + PIECE) < len(text) - AROUND - WORD_REACH:
+        while place < len(text) - AROUND - WORD_REACH:
             word = re.compile(r"\w\b").search(text, place, place + WORD_REACH)
             cut = word.end() if word else place
             before = (context + text[:cut])[-AROUND:]
-            tried = place
+            place += PIECE
             if is_safe(before, text[cut:cut + AROUND], tokenizer):
                 yield context, text[:cut], False
                 context = before[-CONTEXT:]
                 text = text[cut:]
-                tried = 0
+                place = PIECE
 
         if ends and text:
             yield context, text, True
         if ends:
             context = text = ""
-            tried = 0
+            place = PIECE
     if text:
         yield context, text, False
 
@@ -346,10 +344,11 @@ def byte_counter(tokenizer):
     """A function: how many bytes, white space aside, a list of ids stands for."""
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         return lambda ids: len(tokenizer.decode(ids).encode().translate(None, SPACES))
-    # here a token is written with one letter for each byte, and these letters are white space
-    sizes = {number: len(re.sub("[ĠĉĊċČč]", "", token))
-             for token, number in tokenizer.get_vocab().items()}
-    return lambda ids: sum(sizes[number] for number in ids)
+    sizes = np.zeros(65536, int)
+    for token, number in tokenizer.get_vocab().items():
+        # here a token is written with one letter for each byte, and these letters are white space
+        sizes[number] = len(re.sub("[ĠĉĊċČč]", "", token))
+    return lambda ids: sizes[ids].sum()
 
 
 # ------------------------------------------------------------------------------- tokens → folder
@@ -373,14 +372,14 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
             place = [path for start, path in starts if start <= split][-1]
             if tokenizer == "bpe":
                 print(f"making a BPE of {vocab_size:,} tokens ...")
-                every = 1 + split // BPE_TEXT
-                texts = itertools.islice(documents(file, 0, split), 0, None, every)
+                step = 1 + split // BPE_TEXT
+                texts = itertools.islice(documents(file, 0, split), 0, None, step)
                 coder = train_bpe(texts, vocab_size)
 
             new = Path(work, "new")
             write_folder(new, file, {"train": (0, split), "val": (split, size)}, coder)
             put_in_place(new, folder)
-    print(f"validation is the last {1 - split / size:.1%} of the text, from within {place} on")
+    print(f"validation is the end of the text, from within {place} on")
     print(f"{data_dir} is ready, next: python train.py --data_dir={data_dir}")
 
 
@@ -421,12 +420,11 @@ def write_folder(folder, file, ranges, tokenizer):
 def check_folder(folder):
     """Refuse a data_dir with other files in it: the whole folder will be replaced."""
     require(not folder.is_file(), f"--data_dir={folder} is not a folder")
-    names = set()
+    other = set()
     with contextlib.suppress(FileNotFoundError):
-        names = set(os.listdir(folder))
-    other = sorted(names - {"train.bin", "val.bin", "tokenizer.json", "meta.json"})
-    require(not other, f"--data_dir={folder} holds {', '.join(other[:3])}, which prepare.py did "
-                       "not write: choose another folder, since this one would be replaced")
+        other = set(os.listdir(folder)) - {"train.bin", "val.bin", "tokenizer.json", "meta.json"}
+    names = ", ".join(sorted(other)[:3])
+    require(not other, f"--data_dir={folder} holds {names} and would be replaced: choose another")
 
 
 def put_in_place(new, folder):
@@ -499,7 +497,7 @@ def configure(config, argv, presets=lambda flags: {}):
     settings = settings_of(config)
     flags = {}
     words = list(argv)
-    while words:
+    while words:  # --key=value, --key value, --switch, or a file of such settings
         word = words.pop(0)
         if word in ("--help", "-h"):
             source = Path(config["__file__"]).read_text("utf-8")
