@@ -23,7 +23,6 @@ import os
 import re
 import signal
 import socket
-import string
 import sys
 import tempfile
 import urllib.parse
@@ -34,8 +33,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------- settings
-
+# -------------------------------------------------------------------------------------- settings
 # text: anything in UTF-8, .jsonl, .json (a list), .parquet, and each of them as .gz or .zst
 input = "input.txt"  # a file, a folder, a glob or a URL, several separated by commas, - for a pipe
 text_field = "text"  # the text's field in JSON, or its column in parquet
@@ -46,10 +44,7 @@ tokenizer = "bpe"    # bpe (trained on the training text), a tokenizer.json, its
 vocab_size = 2048    # of that BPE: 257 to 65536
 data_dir = "data"    # the folder to write
 
-# ------------------------------------------------------------------------------------ constants
-
-SPLITS = ("train", "val")
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+# ------------------------------------------------------------------------------------- constants
 VAL_LIMIT = 10_000_000  # bytes: keeps evaluating all of the validation split cheap
 BPE_TEXT = 2 ** 26      # bytes: a BPE is trained on about this much, sampled evenly
 BLOCK = 2 ** 20         # bytes read at a time
@@ -57,113 +52,80 @@ PIECE = 2 ** 15         # characters that a core encodes at a time
 BATCH = 32              # pieces that the cores share
 WORD_REACH = 99         # characters in which the end of a word is looked for
 AROUND = 256            # characters on each side of a cut that show whether it changes a token
-CONTEXT = AROUND // 2 + 1
-TIMEOUT = 30            # seconds that a download may stall
+CONTEXT = 129           # characters before a piece that are encoded with it; not half of AROUND
 
 MARK = "<|endoftext|>"  # ends a document in plain text, and is the token that ends it in the BPE
 END = MARK + "\n"       # how each document ends in the spool
-END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]",
-              "[SEP]")
-TABLES = (".csv", ".tsv")  # refused
-
-# where validation may begin, best first: after a document, before a blank line, after a line,
-# before a space, before any character
-BOUNDARIES = (rb"<\|endoftext\|>\n?", rb"\n(?=\n)", rb"\n", rb"(?= )", rb"(?=[^\x80-\xbf])")
-
-
-def check_settings():
-    """Refuse invalid settings."""
-    require(257 <= vocab_size <= 65536, f"--vocab_size={vocab_size} must be from 257 to 65536")
-    require(0 < val_fraction < 1, f"--val_fraction={val_fraction} must be between 0 and 1")
-    require(text_field, "--text_field= is empty: name a field, as in --text_field=text")
-    require(data_dir, "--data_dir= is empty: name a folder, as in --data_dir=data")
+END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "[SEP]")
+SPACES = b" \t\n\v\f\r"  # white space, which tokenizers may add or remove
+TABLES = (".csv", ".tsv")
+SPLITS = ("train", "val")
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+WARNED = set()  # what `tolerated` has warned of
 
 
-# ------------------------------------------------------------------------------- names → files
-
-def find_files(names, data_dir, work):
+# --------------------------------------------------------------------------------- names → files
+def find_files(names, text_field, data_dir, work):
     """The paths that --input means, in order. Downloads go to the folder `work`."""
-    is_one_name = os.path.exists(os.path.expanduser(names))  # which may have commas in it
     files = []
-    for name in [names] if is_one_name else names.split(","):
+    for name in [names] if os.path.exists(names) else names.split(","):  # one may hold commas
         name = os.path.expanduser(name.strip())
         if "://" in name:
             files.append(download(name, work))
-        elif os.path.isdir(name):
-            require(Path(name).resolve() not in (data_dir, *data_dir.parents),
-                    f"--data_dir={data_dir} is inside --input={name}: choose another folder")
-            files += files_under(name)
-        elif name == "-" or os.path.exists(name):
+        elif name == "-" or (os.path.exists(name) and not os.path.isdir(name)):
             files.append(name)
         elif name:
-            root = Path(name).anchor or "."
-            found = filter(Path.is_file, Path(root).glob(os.path.relpath(name, root)))
-            found = each_once(map(str, found))
-            require(found, f"there is no file {name}")
-            files += found
+            require(Path(name).resolve() not in (data_dir, *data_dir.parents),
+                    f"--data_dir={data_dir} is inside --input={name}: choose another folder")
+            files += files_of(name, text_field)
     require(files, "--input names no file: give one, as in --input=input.txt")
     return files
 
 
-def each_once(paths):
-    """The paths, sorted, without links to another of them."""
-    return sorted({os.path.realpath(path): path for path in paths}.values())
+def files_of(name, text_field):
+    """The text files in a folder and below, without hidden and linked folders, or in a glob."""
+    if os.path.isdir(name):
+        found = [path for path in Path(name).rglob("*")
+                 if not any(part[0] == "." for part in path.relative_to(name).parts)]
+    else:
+        root = Path(name).anchor or "."
+        found = Path(root).glob(os.path.relpath(name, root))
 
-
-def files_under(folder):
-    """The text files in a folder and its subfolders, linked ones too; hidden ones are left out."""
-    paths = []
-    entered = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in entered:
-            folders.clear()  # a link has led here again
-            continue
-        entered.add(os.path.realpath(where))
-        folders[:] = [name for name in folders if name[0] != "."]
-        paths += [os.path.join(where, name) for name in names if name[0] != "."]
-
-    found = each_once(filter(os.path.isfile, paths))
-    files = list(filter(is_text, found))
+    # each file once: of a file and the links to it, the first
+    found = sorted(filter(Path.is_file, found), reverse=True)
+    found = sorted({os.path.realpath(path): str(path) for path in found}.values())
+    files = [path for path in found if is_text(path, text_field)]
     skipped = len(found) - len(files)
-    require(files, f"{folder}: no text files in this folder, {skipped:,} files skipped")
-    print(f"{folder}: {len(files):,} files, {skipped:,} skipped: not text")
+    require(files, f"{name}: no text files found, {skipped:,} others skipped")
+    print(f"{name}: {len(files):,} files, {skipped:,} skipped: not text")
     return files
 
 
-def is_text(path):
-    """Whether a file of a folder can be read: text, parquet, or a list in JSON, but no table."""
+def is_text(path, text_field):
+    """Whether a file of a folder can be read: text, parquet, or JSON with our field, no table."""
     with explained(f"cannot read {path}", Exception), open_file(path) as file:
         start = file.read(BLOCK)
     kind = kind_of(path)
-    if kind in TABLES or (kind == ".json" and start[:1] != b"["):
-        return False
-    return start[:4] == b"PAR1" or b"\0" not in start
+    if kind == ".json":
+        return f'"{text_field}"'.encode() in start
+    return kind == ".parquet" or (kind not in TABLES and b"\0" not in start)
 
 
 def download(url, work):
     """Save the file that a URL names under the folder `work`. Returns its path."""
-    socket.setdefaulttimeout(TIMEOUT)
+    socket.setdefaulttimeout(30)  # seconds that it may stall
     with explained(f"cannot download {url}", Exception), progress(f"downloading {url}") as bar:
-        name = os.path.basename(urllib.parse.urlsplit(url).path) or "page"
-        path = os.path.join(tempfile.mkdtemp(dir=work), name)
-        ascii_url = urllib.parse.quote(url, safe=string.punctuation)
+        name = os.path.basename(urllib.parse.urlsplit(url).path)
+        path = os.path.join(tempfile.mkdtemp(dir=work), f"page-{name}")
+        ascii_url = urllib.parse.quote(url, safe="!#$%&'()*+,/:;=?@[]~")
         # urlretrieve also checks the length that was announced
         urllib.request.urlretrieve(ascii_url, path, lambda _, size, total: bar.update(size))
     return path
 
 
-# --------------------------------------------------------------------------- files → documents
-
-def kind_of(path):
-    """The suffix that tells what is in a file: that before .gz or .zst."""
-    return Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
-
-
+# ----------------------------------------------------------------------------- files → documents
 def spool(files, text_field, file):
-    """
-    Copy all text into one file, with END after each document: each source is read once, and the
-    steps after this one see plain text only. Returns [(the byte where a source begins, its path)].
-    """
+    """Copy all text into one file, END after each document. Returns [(byte of its start, path)]."""
     starts = []
     with progress("reading") as bar:
         for path in files:
@@ -178,17 +140,27 @@ def spool(files, text_field, file):
 def read(path, text_field):
     """Yield the text of a file in parts, with END after each document."""
     kind = kind_of(path)
-    require(kind not in TABLES, f"{path}: {kind} is not supported, convert it to .jsonl or "
-                                ".parquet and name the column with --text_field")
+    require(kind not in TABLES, f"{path}: {kind} is not read: make it .jsonl, see --text_field")
     with open_file(path) as file:
         first = file.peek(1)[:1]
-        if kind == "" and first == b"{" and not os.path.isfile(path):
-            kind = ".jsonl"  # a pipe has no name that would say so
-        if kind in (".jsonl", ".ndjson", ".json", ".parquet"):
-            yield from read_records(path, file, kind, text_field)
+        is_pipe = kind == "" and not os.path.isfile(path)  # no name says what is in it
+        if kind == ".parquet":
+            from pyarrow.parquet import ParquetFile
+            batches = ParquetFile(file).iter_batches(256, columns=[text_field])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from read_rows(path, rows, text_field)
+        elif kind == ".json" and first == b"[":
+            yield from read_rows(path, json.load(file), text_field)
+        elif kind in (".jsonl", ".ndjson", ".json") or (is_pipe and first == b"{"):
+            yield from read_rows(path, file, text_field)
         elif first:
             yield from read_plain(path, file)
             yield END
+
+
+def kind_of(path):
+    """The suffix that tells what is in a file: that before .gz or .zst."""
+    return Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
 
 
 def open_file(path):
@@ -207,8 +179,8 @@ def open_file(path):
 
 def read_plain(path, file):
     """Yield the characters of a file in blocks, with every line end as a newline."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     done = 0
     block = True
     while block:
@@ -222,30 +194,18 @@ def read_plain(path, file):
             fail(f"{path}: byte {place:,} is not UTF-8: convert it, for example with iconv")
 
 
-def read_records(path, file, kind, text_field):
-    """Yield the documents in JSON lines, in a JSON list, or in a column of parquet."""
-    if kind == ".parquet":
-        from pyarrow.parquet import ParquetFile
-        batches = ParquetFile(file).iter_batches(256, columns=[text_field])
-        rows = (row for batch in batches for row in batch.to_pylist())
-    elif kind == ".json" and file.peek(1)[:1] == b"[":
-        rows = json.load(file)
-    else:
-        rows = file
-
+def read_rows(path, rows, text_field):
+    """Yield the documents in rows, which are objects or lines of JSON."""
     for number, row in enumerate(rows, 1):
         if isinstance(row, bytes) and not row.strip():
             continue  # a blank line
-        try:
+        problem = f"{path}, line {number:,}: no text named {text_field}, see --text_field"
+        with explained(problem, ValueError, LookupError, TypeError, AttributeError):
             if isinstance(row, bytes):
                 row = json.loads(row)
             text = row[text_field]
-            if text is None:
-                continue
-            text.encode()  # fails on half a surrogate pair
-        except (ValueError, LookupError, TypeError, AttributeError):
-            fail(f"{path}, line {number:,}: expected an object with a text named {text_field}; "
-                 "--text_field=NAME gives another name")
+            if text is not None:
+                text.encode()  # fails on half a surrogate pair
         if text:
             yield re.sub("\r\n?", "\n", text) + END
 
@@ -253,31 +213,29 @@ def read_records(path, file, kind, text_field):
 def progress(what, size=None):
     """A bar that counts bytes, on a terminal; otherwise one line that says what has started."""
     if not sys.stderr.isatty():
-        print(f"{what} ...", flush=True)
+        print(f"{what} ...")
     return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=None)
 
 
-# ------------------------------------------------------------------- the split, and its documents
-
+# ---------------------------------------------------------------- the split, and its documents
 def find_split(file, size, val_fraction):
     """The byte of the spool at which validation begins: the best boundary near the place wanted."""
     wanted = min(val_fraction * size, VAL_LIMIT)
     target = round(size - wanted)
-    one_percent = int(min(size, 10 * wanted) / 100)
-    reach = max(one_percent, len(END))  # in a tiny text, a mark or a character is not cut
+    reach = max(len(END), int(min(size, 10 * wanted) / 100))  # at most one percent
     low = max(1, target - reach, size - VAL_LIMIT - len(END))
     high = max(0, min(size - len(END) - 1, target + reach))
 
     start = max(0, low - len(END))  # a mark that ends in the range may begin before it
     file.seek(start)
     window = file.read(high + 1 - start)
-    for boundary in BOUNDARIES:
+    # best first: after a document, before a blank line, after a line, before a space or a character
+    for boundary in (rb"<\|endoftext\|>\n?", rb"\n(?=\n)", rb"\n", rb"(?= )", rb"(?=[^\x80-\xbf])"):
         places = [start + match.end() for match in re.finditer(boundary, window)]
         places = [place for place in places if low <= place <= high]
         if places:
             return min(places, key=lambda place: abs(place - target))
-    fail(f"{max(0, size - len(END)):,} bytes are too little text to split into training and "
-         "validation")
+    fail(f"{max(0, size - len(END)):,} bytes are too little text for training and validation")
 
 
 def documents(file, start, stop):
@@ -295,36 +253,21 @@ def documents(file, start, stop):
     yield decoder.decode(rest.removesuffix(MARK.encode())), rest == MARK.encode()
 
 
-# -------------------------------------------------------------------------------- the tokenizer
-
+# --------------------------------------------------------------------------------- the tokenizer
 def train_bpe(texts, vocab_size):
     """A BPE like SmolLM2's, but with all 256 bytes, so that no text is lost."""
     bpe = Tokenizer(models.BPE())
     words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     bpe.pre_tokenizer = pre_tokenizers.Sequence(words)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=[MARK],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty())
-    bpe.train_from_iterator(short(texts), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=[MARK],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=sys.stderr.isatty())
+    # cut at ends of words, and very long words anywhere: they would take minutes
+    part = re.compile(r"(?s).{1,256}(?:.{0,99}?\w\b)?")
+    parts = (match[0] for text, _ in texts for match in part.finditer(text))
+    bpe.train_from_iterator(parts, trainer)
     return bpe
-
-
-def short(texts):
-    """Cut texts at ends of words, and very long words anywhere: they would take minutes."""
-    for text, _ in texts:
-        start = 0
-        for place in range(256, len(text), 256):
-            cut = end_of_word(text, place)
-            yield text[start:cut]
-            start = cut
-        yield text[start:]
-
-
-def end_of_word(text, place):
-    """The end of the first word that ends soon after a place, else the place."""
-    word = re.compile(r"\w\b").search(text, place, place + WORD_REACH)
-    return word.end() if word else place
 
 
 def vocabulary_of(tokenizer):
@@ -337,54 +280,45 @@ def vocabulary_of(tokenizer):
     return size, ends[0]
 
 
-# -------------------------------------------------------------------------- documents → tokens
-
+# ---------------------------------------------------------------------------- documents → tokens
 def pieces(documents, tokenizer):
-    """
-    Cut documents, given as (text, whether one ends there), into (context, text, ends). The tokens
-    of a piece are those of context + text, less those of the context; joined, the pieces have the
-    tokens of the whole documents.
-    """
-    text = ""
-    start = tried = 0  # text[:start] is context; cuts were tried up to `tried`
+    """Cut documents, given as (text, whether one ends there), into (context, text, ends)."""
+    # The tokens of context + text, less those of the context, are those of the whole document.
+    context = text = ""
+    place = PIECE
     for part, ends in documents:
         text += part
-        while (place := max(start, tried) + PIECE) < len(text) - AROUND - WORD_REACH:
-            tried = place
-            cut = end_of_word(text, place)
-            if is_safe(text, cut, tokenizer):
-                yield text[max(0, start - CONTEXT):start], text[start:cut], False
-                start = cut
+        while place < len(text) - AROUND - WORD_REACH:
+            word = re.compile(r"\w\b").search(text, place, place + WORD_REACH)
+            cut = word.end() if word else place
+            before = (context + text[:cut])[-AROUND:]
+            place += PIECE
+            if is_safe(before, text[cut:cut + AROUND], tokenizer):
+                yield context, text[:cut], False
+                context = before[-CONTEXT:]
+                text = text[cut:]
+                place = PIECE
 
-        done = max(0, start - CONTEXT)
-        text = text[done:]
-        start -= done
-        tried -= done
-        if ends and text[start:]:
-            yield text[:start], text[start:], True
+        if ends and text:
+            yield context, text, True
         if ends:
-            text = ""
-            start = tried = 0
-    if text[start:]:
-        yield text[:start], text[start:], False
+            context = text = ""
+            place = PIECE
+    if text:
+        yield context, text, False
 
 
-def is_safe(text, cut, tokenizer):
-    """
-    Whether a cut changes no token: those before it must not depend on how much follows, nor those
-    after it on how much comes before. With two lengths, or a text that repeats itself would pass.
-    """
-    first = max(1, cut - AROUND)
-    last = cut + AROUND
-    if text[first - 1] == text[first] or text[last - 1] == text[last]:
+def is_safe(before, after, tokenizer):
+    """Whether a cut between two texts changes no token of them."""
+    if before[:1] == before[1:2] or after[-2:-1] == after[-1:]:
         return False  # the tokens of a run of one character can depend on its whole length
     if isinstance(tokenizer.model, models.Unigram) and tokenizer.pre_tokenizer is None:
         return False  # which tokens are likeliest can depend on all of the text
+    # The tokens before the cut must not depend on how much follows, nor those after it on how much
+    # comes before. With one length instead of two, a text that repeats itself would pass.
     tails = []
-    for before in (AROUND, CONTEXT):
-        head = text[max(0, cut - before):cut]
-        texts = [head, head + text[cut:cut + AROUND], head + text[cut:cut + CONTEXT]]
-        left, *both = encode(tokenizer, texts)
+    for head in (before, before[-CONTEXT:]):
+        left, *both = encode(tokenizer, [head, head + after, head + after[:CONTEXT]])
         if any(ids[:len(left)] != left for ids in both):
             return False
         tails.append(both[0][len(left):])
@@ -396,198 +330,152 @@ def encode(tokenizer, texts):
     return [code.ids for code in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def write_tokens(path, documents, tokenizer, bar):
-    """
-    Write the tokens of documents, each framed as the tokenizer frames it and ended by its end of
-    text. Returns (tokens, bytes of text, bytes that no token stands for, white space aside).
-    """
-    prefix = prefix_ids(tokenizer)
-    eot = vocabulary_of(tokenizer)[1]
-    bytes_of = byte_counter(tokenizer)
-    size = lost = 0
-    begins = True
+def encoded(documents, tokenizer):
+    """Yield documents in pieces: (text, its ids, whether a document begins and whether it ends)."""
     all_pieces = pieces(documents, tokenizer)
-    with open(path, "wb") as file:
-        file.write(np.array([eot], "<u2").tobytes())  # so that the first document follows one, too
-        while batch := list(itertools.islice(all_pieces, BATCH)):
-            contexts = encode(tokenizer, [context for context, *_ in batch])
-            wholes = encode(tokenizer, [context + text for context, text, _ in batch])
-            for (_, text, ends), known, ids in zip(batch, contexts, wholes):
-                ids = ids[len(known):]
-                data = text.encode()
-                size += len(data)
-                lost += visible(data) - bytes_of(ids)
-                bar.update(len(data))
-
-                if begins:
-                    ids = prefix + ids
-                if ends:
-                    ids = ids + [eot]
-                file.write(np.array(ids, "<u2").tobytes())
-                begins = ends
-        return file.tell() // 2, size, max(0, lost)
+    while batch := list(itertools.islice(all_pieces, BATCH)):
+        contexts = encode(tokenizer, [context for context, _, _ in batch])
+        wholes = encode(tokenizer, [context + text for context, text, _ in batch])
+        for (context, text, ends), known, ids in zip(batch, contexts, wholes):
+            yield text, ids[len(known):], context == "", ends
 
 
 def byte_counter(tokenizer):
     """A function: how many bytes, white space aside, a list of ids stands for."""
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-        return lambda ids: visible(tokenizer.decode(ids).encode())
-    # here a token is written with one letter for each byte, and these letters are white space
-    tokens = [tokenizer.id_to_token(number) or "" for number in range(vocabulary_of(tokenizer)[0])]
-    sizes = np.array([len(re.sub("[ĠĉĊċČč]", "", token)) for token in tokens])
-    return lambda ids: int(sizes[ids].sum())
+        return lambda ids: len(tokenizer.decode(ids).encode().translate(None, SPACES))
+    sizes = np.zeros(65536, int)
+    for token, number in tokenizer.get_vocab().items():
+        # here a token is written with one letter for each byte, and these letters are white space
+        sizes[number] = len(re.sub("[ĠĉĊċČč]", "", token))
+    return lambda ids: sizes[ids].sum()
 
 
-def visible(data):
-    """The number of bytes that are not white space."""
-    return len(data.translate(None, b" \t\n\v\f\r"))
-
-
-# ------------------------------------------------------------------------------ tokens → folder
-
+# ------------------------------------------------------------------------------- tokens → folder
 def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
             data_dir=data_dir, text_field=text_field):
     """Prepare a text into data_dir, all or nothing, and print what is in it."""
     # ended like this, the temporary folder goes, too
     on_signal(lambda *_: fail("stopped: run the same command again"), "SIGINT", "SIGTERM")
     folder = Path(data_dir).resolve()
-    check_folder(folder)
-    parent = next(path for path in folder.parents if path.exists())
-    with explained(f"cannot make {data_dir}", OSError), \
-            tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as work, \
-            tempfile.TemporaryFile(dir=work) as file:
-        coder = None
-        if tokenizer != "bpe":
-            coder = load_tokenizer(tokenizer)
-            vocabulary_of(coder)  # fail now rather than after an hour
+    with explained(f"cannot make {data_dir}", OSError):
+        check_folder(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work, \
+                tempfile.TemporaryFile(dir=work) as file:
+            if tokenizer != "bpe":
+                coder = load_tokenizer(tokenizer)
+                vocabulary_of(coder)  # fail now rather than after an hour
+            starts = spool(find_files(input, text_field, folder, work), text_field, file)
+            size = file.tell()
+            split = find_split(file, size, val_fraction)
+            place = [path for start, path in starts if start <= split][-1]
+            if tokenizer == "bpe":
+                print(f"making a BPE of {vocab_size:,} tokens ...")
+                step = 1 + split // BPE_TEXT
+                texts = itertools.islice(documents(file, 0, split), 0, None, step)
+                coder = train_bpe(texts, vocab_size)
 
-        starts = spool(find_files(input, folder, work), text_field, file)
-        size = file.tell()
-        split = find_split(file, size, val_fraction)
-        if coder is None:
-            print(f"making a BPE of {vocab_size:,} tokens ...", flush=True)
-            every = 1 + split // BPE_TEXT
-            texts = itertools.islice(documents(file, 0, split), 0, None, every)
-            coder = train_bpe(texts, vocab_size)
-
-        new = Path(work, "new")
-        new.mkdir()
-        ranges = {"train": (0, split), "val": (split, size)}
-        meta, lost = write_folder(new, file, ranges, coder)
-        put_in_place(new, folder, work)
-    report(meta, lost, starts, split, data_dir)
+            new = Path(work, "new")
+            write_folder(new, file, {"train": (0, split), "val": (split, size)}, coder)
+            put_in_place(new, folder)
+    print(f"validation is the end of the text, from within {place} on")
+    print(f"{data_dir} is ready, next: python train.py --data_dir={data_dir}")
 
 
 def write_folder(folder, file, ranges, tokenizer):
-    """Write the four files. Returns what is in meta.json, and how many bytes have no token."""
+    """Write the four files of a data_dir, from ranges {split: (start, stop)} of the spool."""
     vocabulary, eot = vocabulary_of(tokenizer)
     meta = {"vocab_size": vocabulary, "eos_token_id": eot}
-    all_lost = 0
-    with progress("tokenizing", ranges["val"][1]) as bar:
-        for split, (start, stop) in ranges.items():
-            texts = documents(file, start, stop)
-            tokens, size, lost = write_tokens(folder / f"{split}.bin", texts, tokenizer, bar)
-            require(tokens > 1, f"the {split} split, {size:,} bytes, has no tokens")
-            meta[f"{split}_tokens"] = tokens
-            meta[f"{split}_bytes"] = size
-            all_lost += lost
+    prefix = prefix_ids(tokenizer)
+    bytes_of = byte_counter(tokenizer)
+    lost = 0
+    folder.mkdir()
+    for split, (start, stop) in ranges.items():
+        size = 0
+        with progress(f"tokenizing {split}", stop - start) as bar, \
+                open(folder / f"{split}.bin", "wb") as out:
+            out.write(np.array([eot], "<u2"))  # so that the first document follows one, too
+            for text, ids, begins, ends in encoded(documents(file, start, stop), tokenizer):
+                data = text.encode()
+                size += len(data)
+                lost += len(data.translate(None, SPACES)) - bytes_of(ids)
+                bar.update(len(data))
+                if begins:
+                    ids = prefix + ids
+                if ends:
+                    ids = ids + [eot]
+                out.write(np.array(ids, "<u2"))
+            tokens = out.tell() // 2
+        print(f"{split}: {size:,} bytes, {tokens:,} tokens")
+        require(tokens > 1, f"the {split} split has no tokens")
+        meta |= {f"{split}_tokens": tokens, f"{split}_bytes": size}
+    if lost > 0:
+        print(f"{lost:,} bytes of the text are lost: the tokenizer has no tokens for them")
     meta["tokenizer_sha256"] = fingerprint(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
-    return meta, all_lost
 
 
 def check_folder(folder):
     """Refuse a data_dir with other files in it: the whole folder will be replaced."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        fail(f"--data_dir={folder} is not a folder")
-    other = sorted(set(names) - {"train.bin", "val.bin", "tokenizer.json", "meta.json"})
-    require(not other, f"--data_dir={folder} holds {', '.join(other[:3])}, which prepare.py did "
-                       "not write: choose another folder, since this one would be replaced")
+    require(not folder.is_file(), f"--data_dir={folder} is not a folder")
+    other = set()
+    with contextlib.suppress(FileNotFoundError):
+        other = set(os.listdir(folder)) - {"train.bin", "val.bin", "tokenizer.json", "meta.json"}
+    names = ", ".join(sorted(other)[:3])
+    require(not other, f"--data_dir={folder} holds {names} and would be replaced: choose another")
 
 
-def put_in_place(new, folder, work):
+def put_in_place(new, folder):
     """Replace a folder with a finished one. Of several at once the last wins, whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tries = 100
-    for number in range(tries):
+    for number in range(100):  # another preparation may put its own there between the two renames
         check_folder(folder)
-        old = Path(work, f"old-{number}")
+        old = new.with_name(f"old-{number}")
         try:
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(old)
             return new.rename(folder)
-        except OSError:
-            if number == tries - 1:
-                raise  # else another preparation has just put its own there: try again
+        except OSError as error:
+            reason = error
         finally:
             if old.exists() and not folder.exists():
                 old.rename(folder)
+    fail(f"cannot replace {folder} ({reason})")
 
 
-def report(meta, lost, starts, split, data_dir):
-    """Print what was made, and what to run next."""
-    begun = [path for start, path in starts if start <= split]
-    more = len(starts) - len(begun)
-    place = begun[-1] + (f" and {more:,} files after it" if more else "")
-    share = meta["val_bytes"] / (meta["train_bytes"] + meta["val_bytes"])
-    for name in SPLITS:
-        print(f"{name}: {meta[f'{name}_bytes']:,} bytes, {meta[f'{name}_tokens']:,} tokens")
-    print(f"validation is the last {share:.1%} of the text: the end of {place}")
-    if lost:
-        print(f"{lost:,} bytes of the text are lost: the tokenizer has no tokens for them")
-    flag = "" if data_dir == "data" else f" --data_dir={data_dir}"
-    print(f"{data_dir} is ready, next: python train.py{flag}")
-
-
-# ------------------------------------------------------------------ reading: folder → batches
-
+# ------------------------------------------------------------------- reading: folder → batches
 class Data:
-    """
-    A folder of prepare.py, opened once: a run keeps these files, whatever happens to the folder.
-    `meta` is meta.json, `tokenizer` a tokenizers.Tokenizer, `eot` the id that ends a text.
-    """
+    """A folder of prepare.py, opened once: a run keeps these files, whatever happens to it."""
 
     def __init__(self, folder):
         again = f"run python prepare.py --data_dir={folder} on your text again"
         with explained(f"cannot read {folder}, {again}", OSError, ValueError):
             self.meta = json.loads(Path(folder, "meta.json").read_text("utf-8"))
-            self.files = {split: open(Path(folder, f"{split}.bin"), "rb") for split in SPLITS}
-        self.tokenizer = load_tokenizer(Path(folder, "tokenizer.json"))
-
-        found = {"tokenizer_sha256": fingerprint(self.tokenizer)}
-        for split, file in self.files.items():
-            found[f"{split}_tokens"] = os.fstat(file.fileno()).st_size // 2
-        for name, value in found.items():
-            require(self.meta.get(name) == value,
-                    f"{folder}/meta.json does not match the files next to it: {again}")
+            self.files = {split: open(Path(folder, split + ".bin"), "rb") for split in SPLITS}
+        self.tokenizer = load_tokenizer(folder)
         self.folder = folder
-        self.eot = self.meta["eos_token_id"]
+        self.eot = self.meta.get("eos_token_id")
         self.start = prefix_ids(self.tokenizer) or [self.eot]  # what an empty prompt stands for
 
+        found = self.meta | {"tokenizer_sha256": fingerprint(self.tokenizer)}
+        for split, file in self.files.items():
+            found[f"{split}_tokens"] = os.fstat(file.fileno()).st_size // 2
+        require(found == self.meta, f"{folder}/meta.json does not match the other files: {again}")
+
     def windows(self, split, starts, length):
-        """
-        The `length` tokens from each of `starts` on, and the tokens that follow them, as
-        (inputs, targets): int64, both (len(starts), length). Past the end targets are -1.
-        """
+        """The tokens from each start on and the next ones, int64, both (len(starts), length)."""
         # a map that stays open keeps every page that it has read in memory
         ids = np.memmap(self.files[split], "<u2", "r")
         places = np.add.outer(starts, np.arange(length + 1))
         tokens = np.where(places < len(ids), ids.take(places, mode="clip").astype(np.int64), -1)
         require(tokens.max() < self.meta["vocab_size"],
-                f"{self.folder}/{split}.bin holds the id {tokens.max()}, but the vocabulary has "
-                f"{self.meta['vocab_size']}: run python prepare.py on your text again")
-        return tokens[:, :-1].clip(min=0), tokens[:, 1:]
+                f"{self.folder}/{split}.bin holds the id {tokens.max()}: prepare your text again")
+        return tokens[:, :-1].clip(min=0), tokens[:, 1:]  # past the end targets are -1
 
     def training_batch(self, first, count, length, seed):
-        """
-        Sequences `first` to `first + count - 1` of a run, as (inputs, targets). An epoch has each
-        window of `length` tokens once, in an order of its own, from an offset of its own.
-        """
+        """Sequences `first` to `first + count - 1` of a run, as windows() gives them."""
+        # an epoch has each window once, in an order of its own, from an offset of its own
         per_epoch = self.meta["train_tokens"] // length - 1
         starts = []
         for number in range(first, first + count):
@@ -604,21 +492,18 @@ def epoch_order(seed, epoch, windows, length):
     return rng.integers(length), rng.permutation(windows)
 
 
-# ------------------------------------------------- options and errors, for all three scripts
-
+# --------------------------------------------------- options and errors, for all three scripts
 def configure(config, argv, presets=lambda flags: {}):
-    """
-    Set the settings of a script, given as its globals(), from its command line: --key=value,
-    --key value, --switch alone, or a file of `key = value` lines. What presets(flags) returns is
-    applied before the flags. Returns {name: value} of what the command line gave.
-    """
+    """Set the settings in a script's globals() from argv. Returns what argv gave, {name: value}."""
     settings = settings_of(config)
     flags = {}
     words = list(argv)
-    while words:
+    while words:  # --key=value, --key value, --switch, or a file of such settings
         word = words.pop(0)
         if word in ("--help", "-h"):
-            show_help(config)
+            source = Path(config["__file__"]).read_text("utf-8")
+            block = re.search(r"(?ms)^# -+ settings\n(.*?)^(?:# -+ |def )", source)[1]
+            print(config["__doc__"].strip(), block.strip(), sep="\n\n")
             sys.exit()
         if word.endswith(".py") and not word.startswith("--"):
             words = flags_in_file(word) + words
@@ -626,15 +511,25 @@ def configure(config, argv, presets=lambda flags: {}):
 
         require(word.startswith("--"), f"{word}: a flag looks like --key=value; --help lists them")
         name, equals, text = word[2:].partition("=")
-        if not equals and isinstance(settings.get(name), bool):
-            has_value = words and words[0].lower() in BOOLEANS
-            text = words.pop(0) if has_value else "true"
-        elif not equals and name in settings:
-            require(words and not words[0].startswith("--"), f"{word} needs a value: {word}=VALUE")
-            text = words.pop(0)
-        flags[name] = parse(name, text, settings)
+        if name not in settings:
+            near = difflib.get_close_matches(name, settings, n=1)
+            hint = f": did you mean --{near[0]}?" if near else ", see --help"
+            fail(f"unknown flag --{name}{hint}")
+        default = settings[name]
+        is_switch = isinstance(default, bool)
+        if not equals:
+            alone = not words or words[0].startswith("--")
+            require(is_switch or not alone, f"{word} needs a value: {word}=VALUE")
+            text = "true" if alone else words.pop(0)
 
-    config.update(presets(flags) | flags)
+        with explained(f"--{name}={text} must be like --{name}={default}", KeyError, ValueError):
+            flags[name] = BOOLEANS[text.lower()] if is_switch else type(default)(text)
+        if not isinstance(default, str):
+            # -1, for a value to be worked out, is allowed only where it is the default
+            least = min(0, default)
+            require(least <= flags[name] < np.inf, f"--{name}={text} must be {least} or more")
+
+    config.update(presets(flags) | flags)  # flags win over what --size, for example, stands for
     return flags
 
 
@@ -646,56 +541,22 @@ def settings_of(config):
 
 def flags_in_file(path):
     """The lines `name = value` of a file like nanoGPT's configs, as flags. Runs nothing."""
-    flags = []
-    with explained(f"cannot read {path}", OSError, SyntaxError, ValueError):
-        for line in ast.parse(Path(path).read_text("utf-8")).body:
-            if isinstance(line, ast.Assign):
-                value = ast.literal_eval(line.value)
-                flags += [f"--{ast.unparse(name)}={value}" for name in line.targets]
-            elif not isinstance(line, ast.Expr):
-                raise ValueError(f"line {line.lineno} is not of the form name = value")
-    return flags
-
-
-def parse(name, text, settings):
-    """The text of a flag, converted to the type of its default."""
-    if name not in settings:
-        near = difflib.get_close_matches(name, settings, n=1)
-        hint = f": did you mean --{near[0]}?" if near else ", see --help"
-        fail(f"unknown flag --{name}{hint}")
-    default = settings[name]
-    try:
-        value = BOOLEANS[text.lower()] if isinstance(default, bool) else type(default)(text)
-    except (KeyError, ValueError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        fail(f"--{name}={text}: {name} is {kind}, as in --{name}={default}")
-    if not isinstance(value, str):
-        # -1, for a value to be worked out, is allowed only where it is the default
-        least = min(0, default)
-        require(least <= value < float("inf"), f"--{name}={text} must be {least} or more")
-    return value
-
-
-def show_help(config):
-    """Print a script's docstring and its block of settings."""
-    source = Path(config["__file__"]).read_text("utf-8")
-    block = re.search(r"(?ms)^# -+ settings\n(.*?)^(?:# -+ |def )", source)[1]
-    print((config["__doc__"] or "").strip(), block.strip(), sep="\n\n")
+    problem = f"cannot read {path}, which may only have lines of the form name = value"
+    with explained(problem, OSError, SyntaxError, ValueError, AttributeError):
+        lines = [line for line in ast.parse(Path(path).read_text("utf-8")).body
+                 if not isinstance(line, ast.Expr)]  # a docstring
+        return [f"--{name.id}={ast.literal_eval(line.value)}"
+                for line in lines for name in line.targets]
 
 
 def load_tokenizer(name):
-    """
-    The tokenizers.Tokenizer of a tokenizer.json, of a folder that holds one, or of a hub id,
-    without the truncation and padding that may be saved with it.
-    """
+    """The tokenizers.Tokenizer of a tokenizer.json, of a folder that holds one, or of a hub id."""
     path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else str(name)
     # the tokenizers library raises plain Exception, so nothing finer can be named
     with explained(f"cannot load the tokenizer {name}", Exception):
-        if os.path.exists(path) or path.endswith(".json"):
-            tokenizer = Tokenizer.from_file(path)
-        else:
-            tokenizer = Tokenizer.from_pretrained(path)
-    tokenizer.no_truncation()
+        is_file = os.path.exists(path) or path.endswith(".json")
+        tokenizer = Tokenizer.from_file(path) if is_file else Tokenizer.from_pretrained(path)
+    tokenizer.no_truncation()  # either may be saved with it
     tokenizer.no_padding()
     return tokenizer
 
@@ -714,11 +575,9 @@ def prefix_ids(tokenizer):
 
 def process_rank():
     """(rank, number of processes), as torchrun sets them. A stray variable alone is ignored."""
-    values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    if not all(value.isdigit() for value in values) or "MASTER_ADDR" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return 0, 1
-    rank, world = map(int, values[:2])
-    return (rank, world) if world > 1 else (0, 1)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def fail(message):
@@ -757,7 +616,7 @@ def printable(text):
 def say(line, file=None):
     """Print a line above any progress bar, on the first process only."""
     if process_rank()[0] == 0:
-        tqdm.write(line, file)
+        tqdm.write(line, file=file)
 
 
 @contextlib.contextmanager
@@ -770,9 +629,6 @@ def tolerated(what, *kinds):
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             say(f"warning: {what} failed, continuing without ({reason})", sys.stderr)
         WARNED.add(what)
-
-
-WARNED = set()
 
 
 def lock(folder):
@@ -803,14 +659,12 @@ class SteadyStream:
     def write(self, text):
         try:
             self.stream.write(text)
+            self.stream.flush()  # a pipe gets it at once, as a terminal does
         except OSError:
             self.broken = True
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except OSError:
-            self.broken = True
+        self.write("")
 
 
 def steady_output():
@@ -830,7 +684,10 @@ def on_signal(handler, *names):
 def main():
     steady_output()
     flags = configure(globals(), sys.argv[1:])
-    check_settings()
+    require(257 <= vocab_size <= 65536, f"--vocab_size={vocab_size} must be from 257 to 65536")
+    require(0 < val_fraction < 1, f"--val_fraction={val_fraction} must be between 0 and 1")
+    require(text_field, "--text_field= is empty: name a field, as in --text_field=text")
+    require(data_dir, "--data_dir= is empty: name a folder, as in --data_dir=data")
     require(tokenizer == "bpe" or "vocab_size" not in flags,
             f"--vocab_size is for --tokenizer=bpe: {tokenizer} has its own vocabulary")
     prepare(input, tokenizer, vocab_size, val_fraction, data_dir, text_field)
