@@ -213,7 +213,7 @@ LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32; those of a whole batch would tak
 
 
 class SlicedLoss(torch.autograd.Function):
-    """slice_loss by even slices, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
+    """slice_loss in slices, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_of):
@@ -248,8 +248,7 @@ class Llama(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(
                 Block(config, dropout) for _ in range(config.num_hidden_layers)),
-            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
-        })
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -308,17 +307,14 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, max_new_tokens, choose):
-        """
-        Continue tokens (B, T): yield the next ids (B, 1), one position at a time, each picked by
-        choose(logits (B, V), tokens). When the context is full, its last half is kept.
-        """
+        """Yield the next ids (B, 1) after tokens (B, T), as choose(logits (B, V), tokens) picks."""
         limit = min(self.config.max_position_embeddings, tokens.shape[1] + max_new_tokens)
         shape = (2, len(tokens), self.config.num_key_value_heads, limit, self.config.head_dim)
         caches = [self.head().new_zeros(shape) for _ in self.model.layers]  # keys and values
         new = tokens
         position = 0
         for _ in range(max_new_tokens):
-            if position + new.shape[1] > limit:
+            if position + new.shape[1] > limit:  # the context is full: keep its last half
                 new = tokens[:, -math.ceil(limit / 2):]
                 position = 0
             positions = torch.arange(position, position + new.shape[1], device=tokens.device)
@@ -368,25 +364,18 @@ def orthogonal(matrices):
 
 def make_optimizers(model):
     """[AdamW], or [AdamW for embedding and norms, Muon for the layers' matrices]."""
-    norms, matrices = [], []
-    stacks = {}  # the layers' matrices, by shape
+    kinds = {}  # norms and matrices by their dimensions, the matrices for Muon by their shape
     for name, p in model.named_parameters():
-        if p.dim() == 1:
-            norms.append(p)
-        elif p.dim() == 2 and optimizer == "muon" and ".layers." in name:
-            stacks.setdefault(p.shape, []).append(p)
-        elif p.dim() == 2:
-            matrices.append(p)
-        else:
+        if p.dim() not in (1, 2):
             raise ValueError(f"no optimizer is chosen for {name}, of shape {tuple(p.shape)}")
-    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
-    betas = (beta1, beta2)
-    adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
-    if not stacks:
+        for_muon = optimizer == "muon" and p.dim() == 2 and ".layers." in name
+        kinds.setdefault(p.shape if for_muon else p.dim(), []).append(p)
+    groups = [{"params": kinds.pop(2)}, {"params": kinds.pop(1), "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    if not kinds:
         return [adamw]
-    groups = [{"params": stack, "scale": MUON_SCALE} for stack in stacks.values()]
-    defaults = {"lr": 0.0, "weight_decay": weight_decay}  # update() sets the rate
-    return [adamw, Muon(groups, defaults)]
+    groups = [{"params": stack, "scale": MUON_SCALE} for stack in kinds.values()]
+    return [adamw, Muon(groups, {"lr": 0.0, "weight_decay": weight_decay})]
 
 
 def learning_rate_at(iteration):
