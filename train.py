@@ -15,7 +15,6 @@ import ctypes
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -464,20 +463,12 @@ class Run:
     iteration: int = 0
     sequences: int = 0  # trained on so far; the next batch begins after them
     val_loss: float = None  # of these weights; None if not evaluated, or not finite
-    rows: list = field(default_factory=list)  # of log.csv
+    rows: dict = field(default_factory=dict)  # of log.csv, by iteration
     wandb_id: str = None
 
     def record(self, **columns):
         """Add columns to this iteration's row of log.csv."""
-        if not self.rows or self.rows[-1]["iter"] != self.iteration:
-            self.rows.append({"iter": self.iteration})
-        self.rows[-1].update(columns)
-
-    def advance(self, sequences):
-        """Count an iteration on so many sequences."""
-        self.iteration += 1
-        self.sequences += sequences
-        self.val_loss = None
+        self.rows.setdefault(self.iteration, {"iter": self.iteration}).update(columns)
 
 
 def save_checkpoint(model, data, run, optimizers, machine):
@@ -485,8 +476,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
     path = Path(out_dir, f"step-{run.iteration:07d}")
     tmp = Path(out_dir, "tmp")
     finite = all(p.isfinite().all() for p in model.parameters())
-    require(finite, f"the weights at iteration {run.iteration:,} are not finite, and not saved: "
-                    "run again with a lower --learning_rate")
+    require(finite, f"{path} is not saved, its weights are not finite: lower --learning_rate")
     ids = {"bos_token_id": data.start[0], "eos_token_id": data.eot}
     tokens = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
     llama = {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
@@ -495,8 +485,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
         "generation_config": ids,
         "tokenizer_config": tokens | {"tokenizer_class": "PreTrainedTokenizerFast"},
         "run": {"iteration": run.iteration, "val_loss": run.val_loss, "wandb_id": run.wandb_id,
-                "settings": prepare.settings_of(globals()), "data": data.meta},
-    }
+                "settings": prepare.settings_of(globals()), "data": data.meta}}
     trainer = {"run": vars(run), "scaler": machine.scaler.state_dict(),
                "optimizers": [opt.state_dict()["state"] for opt in optimizers]}
 
@@ -538,8 +527,7 @@ def flush(*paths):
 def restore(checkpoint, optimizers, machine):
     """The Run of a checkpoint. Also restores the state of the optimizers and the scaler."""
     problem = f"{checkpoint}/trainer.pt is damaged: move {checkpoint} away to resume an earlier one"
-    with explained(problem, OSError, RuntimeError, pickle.UnpicklingError):
-        # weights_only: other pickles could run code
+    with explained(problem, Exception):  # weights_only: other pickles could run code
         trainer = torch.load(checkpoint / "trainer.pt", machine.device, weights_only=True)
     for opt, state in zip(optimizers, trainer["optimizers"]):
         opt.load_state_dict(opt.state_dict() | {"state": state})  # its rates are this command's
@@ -586,9 +574,10 @@ def set_up_machine():
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
 
     sequences = batch_size * gradient_accumulation_steps
+    share = sequences // world
     require(sequences % world == 0, f"{world} processes cannot share {sequences} sequences: "
                                     "change --batch_size or --gradient_accumulation_steps")
-    micro_batch = min(batch_size, sequences // world)
+    micro_batch = min(batch_size, share)
     if where.type == "cpu":
         keep_freed_memory()
         micro_batch = min(micro_batch, max(1, TOKENS_AT_ONCE // block_size))
@@ -603,7 +592,7 @@ def set_up_machine():
     scaler = torch.amp.GradScaler(where.type, 4096.0, enabled=products == "float16")
     return SimpleNamespace(
         device=where, rank=rank, world=world, dtype=products, autocast=autocast, scaler=scaler,
-        sequences=sequences, micro_batch=micro_batch,  # of an iteration, and at a time
+        sequences=sequences, share=share, micro_batch=micro_batch,
         compile=compile == "true" or (compile == "auto" and pays),
         hide_bar=True if rank > 0 else None)  # None: shown if there is a terminal
 
@@ -735,18 +724,18 @@ def report(flags, model, data, run, machine, source):
     for key, value in flags.items():
         say(f"overriding: {key} = {value}")
     parameters = sum(p.numel() for p in model.parameters())
-    epochs = max_iters * machine.sequences * block_size / data.meta["train_tokens"]
+    tokens = data.meta["train_tokens"]
+    epochs = max_iters * machine.sequences * block_size / tokens
     say(f"device     {machine.world} x {machine.device}, {machine.dtype}")
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
-    say(f"data       {data_dir}: {data.meta['train_tokens']:,} tokens, "
-        f"{data.meta['val_tokens']:,} for validation")
-    say(f"iteration  {machine.sequences:,} sequences of {block_size:,} tokens, "
-        f"{machine.micro_batch:,} at a time")
-    say(f"optimizer  {optimizer}, {warmup_iters} warm-up iterations to {learning_rate:g}, "
-        f"{schedule} to {min_lr:g} at {lr_decay_iters:,}")
-    last = max(run.iteration, max_iters)
-    say(f"run        {out_dir}, iterations {run.iteration:,} to {last:,} "
-        f"({epochs:.1f} epochs), from {source or 'scratch'}")
+    say(f"data       {data_dir}: {tokens:,} tokens, {data.meta['val_tokens']:,} for validation")
+    say(f"batch      {machine.sequences:,} x {block_size} tokens, {machine.micro_batch} rows at once")
+    say(f"optimizer  {optimizer}, {learning_rate:g} after {warmup_iters:,} iterations of warm-up")
+    say(f"schedule   {schedule}, down to {min_lr:g} at iteration {lr_decay_iters:,}")
+    say(f"start      {source or 'scratch'}")
+    say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs")
+    if run.iteration >= max_iters:
+        say(f"nothing left to do: --max_iters={2 * run.iteration} goes on at min_lr")
     if machine.device.type == "cpu":
         report_memory(parameters, machine)
 
@@ -763,8 +752,8 @@ def report_memory(parameters, machine):
         _, _, line = Path("/proc/meminfo").read_text().partition("MemAvailable:")
         free = int(line.split()[0]) / 1e6 / machine.world
         if needed > free:
-            say(f"warning: only {free:.1f} GB are free: the system may kill this process; lower "
-                "--batch_size or --block_size, or try --gradient_checkpointing=true")
+            say(f"warning: only {free:.1f} GB are free, and the system may kill this process: "
+                "lower --batch_size or --block_size, or try --gradient_checkpointing=true")
 
 
 def start_wandb(run):
@@ -777,8 +766,9 @@ def start_wandb(run):
 
 
 @tolerated("writing log.csv", OSError)
-def write_log(rows):
+def write_log(run):
     """Rewrite log.csv with every column that occurs; send wandb the last row."""
+    rows = list(run.rows.values())
     columns = dict.fromkeys(key for row in rows for key in row)
     with open(Path(out_dir, "log.csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -790,14 +780,14 @@ def write_log(rows):
 
 
 @tolerated("drawing loss.png", Exception)
-def draw_curve(rows, data):
+def draw_curve(run, data):
     """Draw the losses and the learning rate of log.csv as out_dir/loss.png."""
     from matplotlib.figure import Figure
     figure = Figure((7, 5), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
 
     def points(name):
-        found = [(row["iter"], row[name]) for row in rows if name in row]
+        found = [(row["iter"], row[name]) for row in run.rows.values() if name in row]
         return np.array(found).reshape(-1, 2).T
 
     x, y = points("train_loss")
@@ -862,11 +852,6 @@ def listen(run):
     prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
 
 
-def to_device(arrays, machine):
-    """numpy's (inputs, targets) as tensors on the machine's device."""
-    return [torch.from_numpy(array).to(machine.device) for array in arrays]
-
-
 @torch.no_grad()
 def evaluate(model, data, machine):
     """The loss over all of validation, as columns of log.csv; None if a stop signal came."""
@@ -880,7 +865,8 @@ def evaluate(model, data, machine):
         if total(len(stop_signals), machine):
             return None
         starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
-        inputs, targets = to_device(data.windows("val", starts, block_size), machine)
+        windows = np.stack(data.windows("val", starts, block_size))
+        inputs, targets = torch.tensor(windows, device=machine.device)
         with machine.autocast:
             nats += model.loss(inputs, targets).item()
     nats = total(nats, machine)
@@ -888,27 +874,27 @@ def evaluate(model, data, machine):
             "val_perplexity": math.exp(min(nats / count, 700))}  # exp(710) overflows
 
 
-def add_gradients(model, inputs, targets, machine):
+def add_gradients(model, batch, machine):
     """Add this process's part of the gradient of the mean loss. Returns that part of the loss."""
-    n = machine.micro_batch
-    all_tokens = targets.numel() * machine.world
+    all_tokens = batch[1].numel() * machine.world
     loss = 0.0
-    for some_inputs, some_targets in zip(inputs.split(n), targets.split(n)):
+    for inputs, targets in batch.split(machine.micro_batch, dim=1):
         with machine.autocast:
-            part = model.loss(some_inputs, some_targets) / all_tokens
+            part = model.loss(inputs, targets) / all_tokens
         machine.scaler.scale(part).backward()
         loss = loss + part.detach()
     return loss
 
 
-def forward_backward(model, optimizers, inputs, targets, machine, dropout_seed):
-    """Compute and clip the gradient of the mean loss. Returns that loss and the gradient's norm."""
+def update(model, optimizers, batch, rate, machine, dropout_seed):
+    """Train on a batch. Returns its mean loss and the gradient's norm; unless finite, no step."""
+    batch = torch.tensor(np.stack(batch), device=machine.device)  # (inputs and targets, B, T)
     loss = None
     while loss is None:
         torch.manual_seed(dropout_seed)
         model.train().zero_grad()
         try:
-            loss = add_gradients(model, inputs, targets, machine)
+            loss = add_gradients(model, batch, machine)
         except torch.OutOfMemoryError:
             require(machine.micro_batch > 1,
                     f"out of memory with one sequence: lower --block_size={block_size}")
@@ -920,32 +906,26 @@ def forward_backward(model, optimizers, inputs, targets, machine, dropout_seed):
             dist.all_reduce(p.grad)
     for opt in optimizers:
         machine.scaler.unscale_(opt)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    return total(loss.item(), machine), norm.item()
-
-
-def update(optimizers, rate, machine):
-    """Step the optimizers, each group of parameters at its share of the learning rate."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    loss = total(loss.item(), machine)
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = rate * group.get("scale", 1)
-        machine.scaler.step(opt)
-
-
-def is_due(iteration):
-    """Whether to evaluate and save at an iteration."""
-    return iteration % eval_interval == 0 or iteration >= max_iters
+        if math.isfinite(loss + norm):
+            machine.scaler.step(opt)
+    machine.scaler.update()
+    return loss, norm
 
 
 def log_iteration(run, bar, began, loss, norm, rate, machine):
-    """Show an iteration on the bar and, every log_interval of them, in log.csv."""
+    """Show an iteration on the bar and, at intervals and at the end, in log.csv."""
     speed = machine.sequences * block_size / max(time.perf_counter() - began, 1e-9)
     bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
     bar.update()
-    if run.iteration % log_interval == 0 or is_due(run.iteration):
+    if run.iteration % log_interval == 0 or run.iteration >= max_iters:
         run.record(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
         if machine.rank == 0:
-            write_log(run.rows)
+            write_log(run)
         if bar.disable:
             say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
@@ -955,18 +935,15 @@ def result_line(scores):
             f"perplexity {scores['val_perplexity']:.2f}")
 
 
-def say_goodbye(run, first_iteration):
+def say_goodbye(run):
     """Print how the run ended, and what to do next."""
     if run.iteration < max_iters or run.val_loss is None:
         kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
-    if first_iteration >= max_iters:
-        say(f"nothing left to do in {out_dir}: --max_iters={2 * run.iteration} goes on at min_lr")
-    evaluated = [row for row in run.rows if "val_loss" in row]
-    best = min(evaluated, key=lambda row: np.nan_to_num(row["val_loss"], nan=math.inf))
+    evaluated = [row for row in run.rows.values() if math.isfinite(row.get("val_loss", math.nan))]
+    best = min(evaluated, key=lambda row: row["val_loss"])
     say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
-        f"sample it: python sample.py --model={out_dir}\n"
-        f"in a browser: python sample.py --model={out_dir} --web=true")
+        f"sample it: python sample.py --model={out_dir}, or with --web=true in a browser")
 
 
 def main():
@@ -991,15 +968,14 @@ def main():
     if wandb_log and machine.rank == 0:
         start_wandb(run)
 
-    share = machine.sequences // machine.world  # of this process
-    first_iteration = run.iteration
     skipped = 0  # updates skipped in a row
     bar = tqdm(total=max_iters, initial=run.iteration, dynamic_ncols=True, disable=machine.hide_bar,
                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}")
     while True:
         # at intervals and at the end evaluate, save and sample; at a stop signal only save
         scores = None
-        if is_due(run.iteration) and run.val_loss is None:
+        due = run.iteration % eval_interval == 0 or run.iteration >= max_iters
+        if due and run.val_loss is None:
             if not run.rows:
                 say(f"evaluating {data.meta['val_tokens']:,} tokens before the first iteration ...")
             scores = evaluate(model, data, machine)
@@ -1011,8 +987,8 @@ def main():
         if machine.rank == 0 and run.iteration > 0 and (scores or stopping):
             save_checkpoint(model, data, run, optimizers, machine)
         if machine.rank == 0 and scores:
-            write_log(run.rows)
-            draw_curve(run.rows, data)
+            write_log(run)
+            draw_curve(run, data)
             show_sample(model, data, run.iteration)
         if stopping or run.iteration >= max_iters:
             break
@@ -1020,23 +996,22 @@ def main():
         # one update, by the mean loss over the tokens of all processes
         began = time.perf_counter()
         dropout_seed = seed + run.iteration * machine.world + machine.rank
-        first = run.sequences + machine.rank * share
-        batch = to_device(data.training_batch(first, share, block_size, seed), machine)
-        loss, norm = forward_backward(model, optimizers, *batch, machine, dropout_seed)
+        first = run.sequences + machine.rank * machine.share
+        batch = data.training_batch(first, machine.share, block_size, seed)
         rate = learning_rate_at(run.iteration)
-        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
-        if skipped == 0:
-            update(optimizers, rate, machine)
-        machine.scaler.update()
-        run.advance(machine.sequences)
+        loss, norm = update(model, optimizers, batch, rate, machine, dropout_seed)
+        run.iteration += 1
+        run.sequences += machine.sequences
+        run.val_loss = None
         log_iteration(run, bar, began, loss, norm, rate, machine)
+        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
         if skipped:
             say(f"iteration {run.iteration:,}: update skipped, loss {loss}, gradient norm {norm}")
-            require(skipped < 5, f"no finite gradient in {skipped} iterations, learning rate "
-                                 f"{rate:.3g}: run again with a lower --learning_rate")
+            require(skipped < 5, f"no finite gradient in {skipped} iterations: run again with a "
+                                 "lower --learning_rate")
 
     bar.close()
-    say_goodbye(run, first_iteration)
+    say_goodbye(run)
     if machine.world > 1:
         dist.destroy_process_group()
 
