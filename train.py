@@ -116,6 +116,8 @@ def presets(flags):
     out = flags.get("out_dir", out_dir)  # when resuming, the original model may be gone
     config = read_config(find_model(out if checkpoints(out) else source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
+    for key, value in shape.items():
+        require(flags.get(key, value) == value, f"{source} has {key}={value}: leave out --{key}")
     shape["block_size"] = min(512, config.max_position_embeddings)
     return SIZES[name] | FINE_TUNING | shape | {"size": Path(source).name}
 
@@ -526,9 +528,9 @@ def flush(*paths):
 
 def restore(checkpoint, optimizers, machine):
     """The Run of a checkpoint. Also restores the state of the optimizers and the scaler."""
-    problem = f"{checkpoint}/trainer.pt is damaged: move {checkpoint} away to resume an earlier one"
-    with explained(problem, Exception):  # weights_only: other pickles could run code
-        trainer = torch.load(checkpoint / "trainer.pt", machine.device, weights_only=True)
+    file = checkpoint / "trainer.pt"
+    with explained(f"{file} is damaged: move {checkpoint} away to resume another", Exception):
+        trainer = torch.load(file, machine.device, weights_only=True)  # others could run code
     for opt, state in zip(optimizers, trainer["optimizers"]):
         opt.load_state_dict(opt.state_dict() | {"state": state})  # its rates are this command's
     if trainer["scaler"]:
@@ -636,34 +638,33 @@ def total(number, machine):
 # -------------------------------------------------------------------------- starting or resuming
 def find_start():
     """(model folder to start from or None, run.json of the run to resume or {})."""
-    saved = checkpoints(out_dir)
-    require(saved or init_from != "resume", f"{out_dir} holds no run: leave out --init_from=resume")
-    require(not saved or init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
-    if not saved:
-        source = None if init_from in NO_MODEL else find_model(init_from)
-        require(source or not eval_only, f"{out_dir} holds no run: leave out --eval_only")
-        return source, {}
-    file = saved[-1] / "run.json"
-    require(file.exists(), f"{saved[-1]} is of an older train.py and cannot be resumed: start from "
-                           f"its weights with --init_from={out_dir} --out_dir=NEW")
-    return saved[-1], read_json(file)
+    if saved := checkpoints(out_dir):
+        require(init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
+        file = saved[-1] / "run.json"
+        require(file.exists(), f"{out_dir} is of an older train.py: start from its weights, "
+                               f"--init_from={out_dir} --out_dir=NEW")
+        return saved[-1], read_json(file)
+    if init_from not in NO_MODEL:
+        return find_model(init_from), {}
+    needed = eval_only or init_from == "resume"
+    require(not needed, f"{out_dir} holds no run: leave out --init_from=resume and --eval_only")
+    return None, {}
 
 
 def open_data(source):
     """The Data of data_dir, whose tokenizer must be that of `source`. Makes the default one."""
     if not Path(data_dir).exists():
         alone = prepare.process_rank()[1] == 1
-        require(data_dir == "data" and alone, f"there is no {data_dir}: run python prepare.py "
-                                              f"--input=TEXT --data_dir={data_dir} first")
+        require(data_dir == "data" and alone,
+                f"there is no {data_dir}: run python prepare.py --input=TEXT --data_dir={data_dir}")
         prepare.prepare(tokenizer=str(source or "bpe"))
     data = Data(data_dir)
-    tokenizer = prepare.load_tokenizer(source) if source else data.tokenizer
-    require(prepare.fingerprint(tokenizer) == prepare.fingerprint(data.tokenizer),
-            f"{data_dir} has a different tokenizer from {source}: run python prepare.py "
-            f"--input=TEXT --tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
-    tokens = data.meta["train_tokens"]
-    require(tokens >= 2 * block_size,
-            f"{data_dir} has only {tokens:,} tokens to train on: lower --block_size={block_size}")
+    if source:
+        known = prepare.fingerprint(prepare.load_tokenizer(source))
+        require(known == data.meta["tokenizer_sha256"],
+                f"{data_dir} has a different tokenizer: prepare it with --tokenizer={source}")
+    require(data.meta["train_tokens"] >= 2 * block_size,
+            f"{data_dir} is too short for --block_size={block_size}: lower it")
     return data
 
 
@@ -689,8 +690,7 @@ def resolve_settings(saved, data):
         require(not flags, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
     same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
-            f"{data_dir} is not the text that the run in {out_dir} began with: prepare that one "
-            f"again, or start from its weights with --init_from={out_dir} --out_dir=NEW")
+            f"{data_dir} is not the text that the run began with: use --init_from={out_dir} --out_dir=NEW")
     for key, value in changed.items():
         say(f"changed: {key} = {now[key]} (was {value})")
 
@@ -700,20 +700,16 @@ def make_model(source, data):
     torch.manual_seed(seed)
     if source:
         model = load_model(source, dropout)
-        for ours, theirs in SHAPE.items():
-            found = getattr(model.config, theirs)
-            require(globals()[ours] == found, f"{source} has {ours}={found}: leave out --{ours}")
     else:
-        require(n_embd % (2 * n_head) == 0,
-                f"--n_embd={n_embd} must be a multiple of 2 x --n_head={n_head}")
+        require(n_embd % (2 * n_head) == 0, f"--n_embd={n_embd} is no multiple of 2 x {n_head=}")
         shape = {theirs: globals()[ours] for ours, theirs in SHAPE.items()}
         model = Llama(SimpleNamespace(
             **SUPPORTED, **shape, head_dim=n_embd // n_head, max_position_embeddings=block_size,
             initializer_range=n_embd ** -0.5, tie_word_embeddings=True), dropout)
     longest = model.config.max_position_embeddings
     require(block_size <= longest, f"--block_size={block_size} exceeds the model's {longest:,}")
-    require(vocab_size >= data.meta["vocab_size"],
-            f"--vocab_size={vocab_size} is below the {data.meta['vocab_size']:,} of {data_dir}")
+    least = data.meta["vocab_size"]
+    require(vocab_size >= least, f"--vocab_size={vocab_size} must be {least} or more")
     model.gradient_checkpointing = gradient_checkpointing
     return model
 
@@ -729,9 +725,9 @@ def report(flags, model, data, run, machine, source):
     say(f"device     {machine.world} x {machine.device}, {machine.dtype}")
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
     say(f"data       {data_dir}: {tokens:,} tokens, {data.meta['val_tokens']:,} for validation")
-    say(f"batch      {machine.sequences:,} x {block_size} tokens, {machine.micro_batch} rows at once")
-    say(f"optimizer  {optimizer}, {learning_rate:g} after {warmup_iters:,} iterations of warm-up")
-    say(f"schedule   {schedule}, down to {min_lr:g} at iteration {lr_decay_iters:,}")
+    say(f"iteration  {machine.sequences} x {block_size} tokens, {machine.micro_batch} x at a time")
+    say(f"optimizer  {optimizer}, {warmup_iters:,} iterations of warm-up to {learning_rate:g}")
+    say(f"schedule   {schedule} to {min_lr:g} at {lr_decay_iters:,}")
     say(f"start      {source or 'scratch'}")
     say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs")
     if run.iteration >= max_iters:
@@ -752,8 +748,8 @@ def report_memory(parameters, machine):
         _, _, line = Path("/proc/meminfo").read_text().partition("MemAvailable:")
         free = int(line.split()[0]) / 1e6 / machine.world
         if needed > free:
-            say(f"warning: only {free:.1f} GB are free, and the system may kill this process: "
-                "lower --batch_size or --block_size, or try --gradient_checkpointing=true")
+            say(f"warning: only {free:.1f} GB are free: lower --batch_size or --block_size, or try "
+                "--gradient_checkpointing, lest the system kills this process")
 
 
 def start_wandb(run):
@@ -770,7 +766,7 @@ def write_log(run):
     """Rewrite log.csv with every column that occurs; send wandb the last row."""
     rows = list(run.rows.values())
     columns = dict.fromkeys(key for row in rows for key in row)
-    with open(Path(out_dir, "log.csv"), "w", newline="") as file:
+    with open(f"{out_dir}/log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -796,9 +792,8 @@ def draw_curve(run, data):
     losses.plot(x, y, "tab:blue", alpha=0.25)
     losses.plot(x, smooth, "tab:blue", label="training, smoothed")
     x, y = points("val_loss")
-    best = np.nanargmin(y)
-    losses.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
-    losses.plot(x[best], y[best], "r*", markersize=12, label=f"best: {y[best]:.4f}")
+    best = f"validation, best {np.nanmin(y):.4f}"
+    losses.plot(x, y, "o-", color="tab:orange", markersize=3, label=best)
     rates.plot(*points("lr"), "tab:gray")
 
     # bits per byte of one nat per token
@@ -809,24 +804,21 @@ def draw_curve(run, data):
     losses.grid(alpha=0.3)
     losses.legend()
     rates.set(ylabel="learning rate", xlabel="iteration")
-    figure.savefig(Path(out_dir, "loss.png"), dpi=120)
+    figure.savefig(f"{out_dir}/loss.png", dpi=120)
 
 
 def show_sample(model, data, iteration):
     """Print a text that the model writes."""
     start = torch.tensor([data.start], device=model.head().device)
     generator = torch.Generator(start.device).manual_seed(seed)
-    temperature = 0.8
 
     def choose(logits, tokens):
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        return torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)
 
     with torch.compiler.set_stance("force_eager"):
         ids = [new.item() for new in model.eval().generate(start, 100, choose)]
-    if data.eot in ids:
-        ids = ids[:ids.index(data.eot)]
-    say(f"--- iteration {iteration:,}, temperature {temperature} ".ljust(60, "-"))
-    say(prepare.printable(data.tokenizer.decode(ids)).strip() + "\n" + "-" * 60)
+    text = prepare.printable(data.tokenizer.decode(ids, skip_special_tokens=False)).strip()
+    say(f"--- iteration {iteration:,} ".ljust(60, "-") + f"\n{text}\n" + "-" * 60)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -843,18 +835,17 @@ def listen(run):
                 return  # torchrun forwards the Ctrl-C that this process already got
             os._exit(128 + number)
         stop_signals.append(time.monotonic())
-        line = (f"\nfinishing iteration {run.iteration + 1:,}, then saving; "
-                "Ctrl-C again quits at once\n")
+        line = f"finishing iteration {run.iteration + 1}, then saving; Ctrl-C again quits at once"
         with contextlib.suppress(OSError):  # the terminal may be closed
             if rank == 0:
-                os.write(2, line.encode())
+                os.write(2, f"\n{line}\n".encode())
 
     prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
 
 
 @torch.no_grad()
 def evaluate(model, data, machine):
-    """The loss over all of validation, as columns of log.csv; None if a stop signal came."""
+    """Print the loss over all of validation. Returns columns of log.csv, or None when stopped."""
     model.eval()
     count = data.meta["val_tokens"] - 1
     at_once = max(1, TOKENS_AT_ONCE // block_size)
@@ -870,8 +861,11 @@ def evaluate(model, data, machine):
         with machine.autocast:
             nats += model.loss(inputs, targets).item()
     nats = total(nats, machine)
-    return {"val_loss": nats / count, "val_bpb": nats / math.log(2) / data.meta["val_bytes"],
-            "val_perplexity": math.exp(min(nats / count, 700))}  # exp(710) overflows
+    loss = nats / count
+    bpb = nats / math.log(2) / data.meta["val_bytes"]
+    perplexity = math.exp(min(loss, 700))  # exp(710) overflows
+    say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte, perplexity {perplexity:.2f}")
+    return {"val_loss": loss, "val_bpb": bpb, "val_perplexity": perplexity}
 
 
 def add_gradients(model, batch, machine):
@@ -896,8 +890,7 @@ def update(model, optimizers, batch, rate, machine, dropout_seed):
         try:
             loss = add_gradients(model, batch, machine)
         except torch.OutOfMemoryError:
-            require(machine.micro_batch > 1,
-                    f"out of memory with one sequence: lower --block_size={block_size}")
+            require(machine.micro_batch > 1, f"out of memory: lower --block_size={block_size}")
             machine.micro_batch //= 2
             say(f"out of memory: {machine.micro_batch} sequences at a time now, the same results")
 
@@ -930,11 +923,6 @@ def log_iteration(run, bar, began, loss, norm, rate, machine):
             say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
 
-def result_line(scores):
-    return (f"loss {scores['val_loss']:.4f}, {scores['val_bpb']:.4f} bits per byte, "
-            f"perplexity {scores['val_perplexity']:.2f}")
-
-
 def say_goodbye(run):
     """Print how the run ended, and what to do next."""
     if run.iteration < max_iters or run.val_loss is None:
@@ -942,7 +930,7 @@ def say_goodbye(run):
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
     evaluated = [row for row in run.rows.values() if math.isfinite(row.get("val_loss", math.nan))]
     best = min(evaluated, key=lambda row: row["val_loss"])
-    say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
+    say(f"best: validation loss {best['val_loss']:.4f}, at iteration {best['iter']:,}\n"
         f"sample it: python sample.py --model={out_dir}, or with --web=true in a browser")
 
 
@@ -963,7 +951,7 @@ def main():
     report(flags, model, data, run, machine, source)
     compile_model(model, machine)
     if eval_only:
-        return say(result_line(evaluate(model, data, machine)))
+        return evaluate(model, data, machine)
     listen(run)
     if wandb_log and machine.rank == 0:
         start_wandb(run)
@@ -983,7 +971,6 @@ def main():
         if scores:
             run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
             run.record(**scores)
-            say(f"iteration {run.iteration:,}: {result_line(scores)}")
         if machine.rank == 0 and run.iteration > 0 and (scores or stopping):
             save_checkpoint(model, data, run, optimizers, machine)
         if machine.rank == 0 and scores:
@@ -1007,8 +994,7 @@ def main():
         skipped = 0 if math.isfinite(loss + norm) else skipped + 1
         if skipped:
             say(f"iteration {run.iteration:,}: update skipped, loss {loss}, gradient norm {norm}")
-            require(skipped < 5, f"no finite gradient in {skipped} iterations: run again with a "
-                                 "lower --learning_rate")
+            require(skipped < 5, "no finite gradient in 5 iterations: lower --learning_rate")
 
     bar.close()
     say_goodbye(run)
