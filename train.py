@@ -610,20 +610,11 @@ def keep_freed_memory():
 
 def compiles(device):
     """Whether torch.compile works on a device; a warning says why not."""
+    say("compiling, which takes up to a minute ...", sys.stderr)
     with tolerated("compiling", Exception):  # a compiler's, a driver's or a cache folder's
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))
         return True
     return False
-
-
-def compile_model(model, machine):
-    """Compile the layers and the loss, if that is wanted and works here."""
-    if machine.compile:
-        say("compiling, which takes up to a minute ...")
-    if machine.compile and compiles(machine.device):
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)  # all of them use the first one's graph
-        model.slice_loss = torch.compile(slice_loss, dynamic=False)
 
 
 def total(number, machine):
@@ -690,7 +681,7 @@ def resolve_settings(saved, data):
         require(not flags, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
     same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
-            f"{data_dir} is not the text that the run began with: use --init_from={out_dir} --out_dir=NEW")
+            f"{data_dir} is not the text of this run: prepare that one again, or see --init_from")
     for key, value in changed.items():
         say(f"changed: {key} = {now[key]} (was {value})")
 
@@ -727,8 +718,7 @@ def report(flags, model, data, run, machine, source):
     say(f"data       {data_dir}: {tokens:,} tokens, {data.meta['val_tokens']:,} for validation")
     say(f"iteration  {machine.sequences} x {block_size} tokens, {machine.micro_batch} x at a time")
     say(f"optimizer  {optimizer}, {warmup_iters:,} iterations of warm-up to {learning_rate:g}")
-    say(f"schedule   {schedule} to {min_lr:g} at {lr_decay_iters:,}")
-    say(f"start      {source or 'scratch'}")
+    say(f"schedule   {schedule} to {min_lr:g} at iteration {lr_decay_iters:,}")
     say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs")
     if run.iteration >= max_iters:
         say(f"nothing left to do: --max_iters={2 * run.iteration} goes on at min_lr")
@@ -752,15 +742,6 @@ def report_memory(parameters, machine):
                 "--gradient_checkpointing, lest the system kills this process")
 
 
-def start_wandb(run):
-    """Begin a run of Weights & Biases, or resume the one that this run had before."""
-    with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
-        import wandb
-    wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow",
-               config=prepare.settings_of(globals()))
-    run.wandb_id = wandb.run.id
-
-
 @tolerated("writing log.csv", OSError)
 def write_log(run):
     """Rewrite log.csv with every column that occurs; send wandb the last row."""
@@ -771,7 +752,12 @@ def write_log(run):
         writer.writeheader()
         writer.writerows(rows)
     if wandb_log:
-        import wandb
+        with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
+            import wandb
+        if wandb.run is None:  # begin one, or resume the one before
+            config = prepare.settings_of(globals())
+            wandb.init(project="smollm2", config=config, id=run.wandb_id, resume="allow")
+            run.wandb_id = wandb.run.id
         wandb.log(rows[-1], step=rows[-1]["iter"])
 
 
@@ -825,22 +811,17 @@ def show_sample(model, data, iteration):
 stop_signals = []  # the times at which they arrived
 
 
-def listen(run):
-    """Let Ctrl-C, SIGTERM or SIGHUP end the run after its iteration; a second one, at once."""
+def ask_to_stop(number, frame):
+    """End the run after its iteration; at the second signal, at once."""
     rank, world = prepare.process_rank()
-
-    def ask_to_stop(number, frame):
-        if stop_signals:
-            if world > 1 and time.monotonic() < stop_signals[0] + 2:
-                return  # torchrun forwards the Ctrl-C that this process already got
-            os._exit(128 + number)
-        stop_signals.append(time.monotonic())
-        line = f"finishing iteration {run.iteration + 1}, then saving; Ctrl-C again quits at once"
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            if rank == 0:
-                os.write(2, f"\n{line}\n".encode())
-
-    prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
+    if stop_signals:
+        if world > 1 and time.monotonic() < stop_signals[0] + 2:
+            return  # torchrun forwards the Ctrl-C that this process already got
+        os._exit(128 + number)
+    stop_signals.append(time.monotonic())
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        if rank == 0:
+            os.write(2, b"\nfinishing an iteration, then saving; Ctrl-C again quits at once\n")
 
 
 @torch.no_grad()
@@ -949,12 +930,13 @@ def main():
     optimizers = make_optimizers(model)
     run = restore(source, optimizers, machine) if saved else Run()
     report(flags, model, data, run, machine, source)
-    compile_model(model, machine)
+    if machine.compile and compiles(machine.device):
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)  # all of them use the first one's graph
+        model.slice_loss = torch.compile(slice_loss, dynamic=False)
     if eval_only:
         return evaluate(model, data, machine)
-    listen(run)
-    if wandb_log and machine.rank == 0:
-        start_wandb(run)
+    prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
 
     skipped = 0  # updates skipped in a row
     bar = tqdm(total=max_iters, initial=run.iteration, dynamic_ncols=True, disable=machine.hide_bar,
