@@ -415,8 +415,7 @@ def find_model(name):
     if checkpoints(name):
         return min(reversed(checkpoints(name)), key=saved_loss)  # on a tie, the newest
     if Path(name).is_dir():
-        found = Path(name, "config.json").exists()
-        require(found, f"{name} holds no model yet: run python train.py --out_dir={name} first")
+        require(Path(name, "config.json").exists(), f"{name} holds no model: train one first")
         return Path(name)
     from huggingface_hub import snapshot_download
     with explained(f"{name} is neither a folder here nor a model on the hub", Exception):
@@ -478,7 +477,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
     path = Path(out_dir, f"step-{run.iteration:07d}")
     tmp = Path(out_dir, "tmp")
     finite = all(p.isfinite().all() for p in model.parameters())
-    require(finite, f"{path} is not saved, its weights are not finite: lower --learning_rate")
+    require(finite, f"{path}: weights that are not finite are not saved: lower --learning_rate")
     ids = {"bos_token_id": data.start[0], "eos_token_id": data.eot}
     tokens = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
     llama = {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
@@ -546,9 +545,9 @@ def choose_device(name):
     """The torch.device that --device names, after a test that it works."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
-    problem = f"--device={name} does not work here, --device={best} does"
-    with explained(problem, RuntimeError, AssertionError):
-        return torch.zeros(1, device=best if name == "auto" else name).device
+    name = best if name == "auto" else name
+    with explained(f"use --device={best}: {name} does not work", RuntimeError, AssertionError):
+        return torch.zeros(1, device=name).device
 
 
 def has_bfloat16(device):
@@ -719,6 +718,7 @@ def report(flags, model, data, run, machine, source):
     say(f"iteration  {machine.sequences} x {block_size} tokens, {machine.micro_batch} x at a time")
     say(f"optimizer  {optimizer}, {warmup_iters:,} iterations of warm-up to {learning_rate:g}")
     say(f"schedule   {schedule} to {min_lr:g} at iteration {lr_decay_iters:,}")
+    say(f"start      {source or 'scratch'}")
     say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs")
     if run.iteration >= max_iters:
         say(f"nothing left to do: --max_iters={2 * run.iteration} goes on at min_lr")
@@ -782,8 +782,7 @@ def draw_curve(run, data):
     losses.plot(x, y, "o-", color="tab:orange", markersize=3, label=best)
     rates.plot(*points("lr"), "tab:gray")
 
-    # bits per byte of one nat per token
-    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)
+    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)  # of a nat
     right = losses.secondary_yaxis("right", (lambda y: y * bits, lambda y: y / bits))
     right.set_ylabel("bits per byte, validation")
     losses.set(title=f"{size}: {n_layer} layers x {n_embd}, on {data_dir}", ylabel="nats per token")
@@ -832,8 +831,7 @@ def evaluate(model, data, machine):
     at_once = max(1, TOKENS_AT_ONCE // block_size)
     nats = 0.0
     firsts = range(0, math.ceil(count / block_size), at_once * machine.world)
-    for first in tqdm(firsts, f"evaluating {count:,} tokens", leave=False, delay=3,
-                      disable=machine.hide_bar):
+    for first in tqdm(firsts, "evaluating", leave=False, delay=3, disable=machine.hide_bar):
         if total(len(stop_signals), machine):
             return None
         starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
@@ -892,14 +890,12 @@ def update(model, optimizers, batch, rate, machine, dropout_seed):
 
 
 def log_iteration(run, bar, began, loss, norm, rate, machine):
-    """Show an iteration on the bar and, at intervals and at the end, in log.csv."""
+    """Show an iteration on the bar and, at intervals and at the end, record it for log.csv."""
     speed = machine.sequences * block_size / max(time.perf_counter() - began, 1e-9)
     bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
     bar.update()
     if run.iteration % log_interval == 0 or run.iteration >= max_iters:
         run.record(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
-        if machine.rank == 0:
-            write_log(run)
         if bar.disable:
             say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
@@ -953,10 +949,11 @@ def main():
         if scores:
             run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
             run.record(**scores)
+        if machine.rank == 0 and run.iteration in run.rows:
+            write_log(run)
         if machine.rank == 0 and run.iteration > 0 and (scores or stopping):
             save_checkpoint(model, data, run, optimizers, machine)
         if machine.rank == 0 and scores:
-            write_log(run)
             draw_curve(run, data)
             show_sample(model, data, run.iteration)
         if stopping or run.iteration >= max_iters:
