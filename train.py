@@ -715,7 +715,7 @@ def report(flags, model, data, run, machine, source):
     say(f"device     {machine.world} x {machine.device}, {machine.dtype}")
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
     say(f"data       {data_dir}: {tokens:,} tokens, {data.meta['val_tokens']:,} for validation")
-    say(f"iteration  {machine.sequences} x {block_size} tokens, {machine.micro_batch} x at a time")
+    say(f"iteration  {machine.sequences} x {block_size} tokens, in parts of {machine.micro_batch}")
     say(f"optimizer  {optimizer}, {warmup_iters:,} iterations of warm-up to {learning_rate:g}")
     say(f"schedule   {schedule} to {min_lr:g} at iteration {lr_decay_iters:,}")
     say(f"start      {source or 'scratch'}")
@@ -738,8 +738,8 @@ def report_memory(parameters, machine):
         _, _, line = Path("/proc/meminfo").read_text().partition("MemAvailable:")
         free = int(line.split()[0]) / 1e6 / machine.world
         if needed > free:
-            say(f"warning: only {free:.1f} GB are free: lower --batch_size or --block_size, or try "
-                "--gradient_checkpointing, lest the system kills this process")
+            say(f"warning: only {free:.1f} GB are free, the system may kill this process: lower "
+                "--batch_size or --block_size, or try --gradient_checkpointing=true")
 
 
 @tolerated("writing log.csv", OSError)
@@ -751,14 +751,15 @@ def write_log(run):
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    if wandb_log:
-        with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
-            import wandb
-        if wandb.run is None:  # begin one, or resume the one before
-            config = prepare.settings_of(globals())
-            wandb.init(project="smollm2", config=config, id=run.wandb_id, resume="allow")
-            run.wandb_id = wandb.run.id
-        wandb.log(rows[-1], step=rows[-1]["iter"])
+    if not wandb_log:
+        return
+    with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
+        import wandb
+    if wandb.run is None:  # begin a run there, or resume the one before
+        config = prepare.settings_of(globals())
+        wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow", config=config)
+        run.wandb_id = wandb.run.id
+    wandb.log(rows[-1], step=rows[-1]["iter"])
 
 
 @tolerated("drawing loss.png", Exception)
@@ -782,7 +783,8 @@ def draw_curve(run, data):
     losses.plot(x, y, "o-", color="tab:orange", markersize=3, label=best)
     rates.plot(*points("lr"), "tab:gray")
 
-    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)  # of a nat
+    # bits per byte of one nat per token
+    bits = (data.meta["val_tokens"] - 1) / data.meta["val_bytes"] / math.log(2)
     right = losses.secondary_yaxis("right", (lambda y: y * bits, lambda y: y / bits))
     right.set_ylabel("bits per byte, validation")
     losses.set(title=f"{size}: {n_layer} layers x {n_embd}, on {data_dir}", ylabel="nats per token")
@@ -793,7 +795,7 @@ def draw_curve(run, data):
 
 
 def show_sample(model, data, iteration):
-    """Print a text that the model writes."""
+    """Print a text that the model writes, 100 tokens at a temperature of 0.8."""
     start = torch.tensor([data.start], device=model.head().device)
     generator = torch.Generator(start.device).manual_seed(seed)
 
