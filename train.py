@@ -15,7 +15,6 @@ import ctypes
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -117,6 +116,8 @@ def presets(flags):
     out = flags.get("out_dir", out_dir)  # when resuming, the original model may be gone
     config = read_config(find_model(out if checkpoints(out) else source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
+    for key, value in shape.items():
+        require(flags.get(key, value) == value, f"{source} has {key}={value}: leave out --{key}")
     shape["block_size"] = min(512, config.max_position_embeddings)
     return SIZES[name] | FINE_TUNING | shape | {"size": Path(source).name}
 
@@ -213,7 +214,7 @@ LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32; those of a whole batch would tak
 
 
 class SlicedLoss(torch.autograd.Function):
-    """slice_loss by even slices, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
+    """slice_loss in slices, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_of):
@@ -248,8 +249,7 @@ class Llama(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(
                 Block(config, dropout) for _ in range(config.num_hidden_layers)),
-            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
-        })
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -308,17 +308,14 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, max_new_tokens, choose):
-        """
-        Continue tokens (B, T): yield the next ids (B, 1), one position at a time, each picked by
-        choose(logits (B, V), tokens). When the context is full, its last half is kept.
-        """
+        """Yield the next ids (B, 1) after tokens (B, T), as choose(logits (B, V), tokens) picks."""
         limit = min(self.config.max_position_embeddings, tokens.shape[1] + max_new_tokens)
         shape = (2, len(tokens), self.config.num_key_value_heads, limit, self.config.head_dim)
         caches = [self.head().new_zeros(shape) for _ in self.model.layers]  # keys and values
         new = tokens
         position = 0
         for _ in range(max_new_tokens):
-            if position + new.shape[1] > limit:
+            if position + new.shape[1] > limit:  # the context is full: keep its last half
                 new = tokens[:, -math.ceil(limit / 2):]
                 position = 0
             positions = torch.arange(position, position + new.shape[1], device=tokens.device)
@@ -368,25 +365,18 @@ def orthogonal(matrices):
 
 def make_optimizers(model):
     """[AdamW], or [AdamW for embedding and norms, Muon for the layers' matrices]."""
-    norms, matrices = [], []
-    stacks = {}  # the layers' matrices, by shape
+    kinds = {}  # norms and matrices by their dimensions, the matrices for Muon by their shape
     for name, p in model.named_parameters():
-        if p.dim() == 1:
-            norms.append(p)
-        elif p.dim() == 2 and optimizer == "muon" and ".layers." in name:
-            stacks.setdefault(p.shape, []).append(p)
-        elif p.dim() == 2:
-            matrices.append(p)
-        else:
+        if p.dim() not in (1, 2):
             raise ValueError(f"no optimizer is chosen for {name}, of shape {tuple(p.shape)}")
-    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
-    betas = (beta1, beta2)
-    adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
-    if not stacks:
+        for_muon = optimizer == "muon" and p.dim() == 2 and ".layers." in name
+        kinds.setdefault(p.shape if for_muon else p.dim(), []).append(p)
+    groups = [{"params": kinds.pop(2)}, {"params": kinds.pop(1), "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    if not kinds:
         return [adamw]
-    groups = [{"params": stack, "scale": MUON_SCALE} for stack in stacks.values()]
-    defaults = {"lr": 0.0, "weight_decay": weight_decay}  # update() sets the rate
-    return [adamw, Muon(groups, defaults)]
+    groups = [{"params": stack, "scale": MUON_SCALE} for stack in kinds.values()]
+    return [adamw, Muon(groups, {"lr": 0.0, "weight_decay": weight_decay})]
 
 
 def learning_rate_at(iteration):
@@ -425,8 +415,7 @@ def find_model(name):
     if checkpoints(name):
         return min(reversed(checkpoints(name)), key=saved_loss)  # on a tie, the newest
     if Path(name).is_dir():
-        found = Path(name, "config.json").exists()
-        require(found, f"{name} holds no model yet: run python train.py --out_dir={name} first")
+        require(Path(name, "config.json").exists(), f"{name} holds no model: train one first")
         return Path(name)
     from huggingface_hub import snapshot_download
     with explained(f"{name} is neither a folder here nor a model on the hub", Exception):
@@ -475,20 +464,12 @@ class Run:
     iteration: int = 0
     sequences: int = 0  # trained on so far; the next batch begins after them
     val_loss: float = None  # of these weights; None if not evaluated, or not finite
-    rows: list = field(default_factory=list)  # of log.csv
+    rows: dict = field(default_factory=dict)  # of log.csv, by iteration
     wandb_id: str = None
 
     def record(self, **columns):
         """Add columns to this iteration's row of log.csv."""
-        if not self.rows or self.rows[-1]["iter"] != self.iteration:
-            self.rows.append({"iter": self.iteration})
-        self.rows[-1].update(columns)
-
-    def advance(self, sequences):
-        """Count an iteration on so many sequences."""
-        self.iteration += 1
-        self.sequences += sequences
-        self.val_loss = None
+        self.rows.setdefault(self.iteration, {"iter": self.iteration}).update(columns)
 
 
 def save_checkpoint(model, data, run, optimizers, machine):
@@ -496,8 +477,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
     path = Path(out_dir, f"step-{run.iteration:07d}")
     tmp = Path(out_dir, "tmp")
     finite = all(p.isfinite().all() for p in model.parameters())
-    require(finite, f"the weights at iteration {run.iteration:,} are not finite, and not saved: "
-                    "run again with a lower --learning_rate")
+    require(finite, f"{path}: weights that are not finite are not saved: lower --learning_rate")
     ids = {"bos_token_id": data.start[0], "eos_token_id": data.eot}
     tokens = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
     llama = {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
@@ -506,8 +486,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
         "generation_config": ids,
         "tokenizer_config": tokens | {"tokenizer_class": "PreTrainedTokenizerFast"},
         "run": {"iteration": run.iteration, "val_loss": run.val_loss, "wandb_id": run.wandb_id,
-                "settings": prepare.settings_of(globals()), "data": data.meta},
-    }
+                "settings": prepare.settings_of(globals()), "data": data.meta}}
     trainer = {"run": vars(run), "scaler": machine.scaler.state_dict(),
                "optimizers": [opt.state_dict()["state"] for opt in optimizers]}
 
@@ -548,10 +527,9 @@ def flush(*paths):
 
 def restore(checkpoint, optimizers, machine):
     """The Run of a checkpoint. Also restores the state of the optimizers and the scaler."""
-    problem = f"{checkpoint}/trainer.pt is damaged: move {checkpoint} away to resume an earlier one"
-    with explained(problem, OSError, RuntimeError, pickle.UnpicklingError):
-        # weights_only: other pickles could run code
-        trainer = torch.load(checkpoint / "trainer.pt", machine.device, weights_only=True)
+    file = checkpoint / "trainer.pt"
+    with explained(f"{file} is damaged: move {checkpoint} away to resume another", Exception):
+        trainer = torch.load(file, machine.device, weights_only=True)  # others could run code
     for opt, state in zip(optimizers, trainer["optimizers"]):
         opt.load_state_dict(opt.state_dict() | {"state": state})  # its rates are this command's
     if trainer["scaler"]:
@@ -567,9 +545,9 @@ def choose_device(name):
     """The torch.device that --device names, after a test that it works."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
-    problem = f"--device={name} does not work here, --device={best} does"
-    with explained(problem, RuntimeError, AssertionError):
-        return torch.zeros(1, device=best if name == "auto" else name).device
+    name = best if name == "auto" else name
+    with explained(f"use --device={best}: {name} does not work", RuntimeError, AssertionError):
+        return torch.zeros(1, device=name).device
 
 
 def has_bfloat16(device):
@@ -597,9 +575,10 @@ def set_up_machine():
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
 
     sequences = batch_size * gradient_accumulation_steps
+    share = sequences // world
     require(sequences % world == 0, f"{world} processes cannot share {sequences} sequences: "
                                     "change --batch_size or --gradient_accumulation_steps")
-    micro_batch = min(batch_size, sequences // world)
+    micro_batch = min(batch_size, share)
     if where.type == "cpu":
         keep_freed_memory()
         micro_batch = min(micro_batch, max(1, TOKENS_AT_ONCE // block_size))
@@ -614,7 +593,7 @@ def set_up_machine():
     scaler = torch.amp.GradScaler(where.type, 4096.0, enabled=products == "float16")
     return SimpleNamespace(
         device=where, rank=rank, world=world, dtype=products, autocast=autocast, scaler=scaler,
-        sequences=sequences, micro_batch=micro_batch,  # of an iteration, and at a time
+        sequences=sequences, share=share, micro_batch=micro_batch,
         compile=compile == "true" or (compile == "auto" and pays),
         hide_bar=True if rank > 0 else None)  # None: shown if there is a terminal
 
@@ -630,20 +609,11 @@ def keep_freed_memory():
 
 def compiles(device):
     """Whether torch.compile works on a device; a warning says why not."""
+    say("compiling, which takes up to a minute ...", sys.stderr)
     with tolerated("compiling", Exception):  # a compiler's, a driver's or a cache folder's
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))
         return True
     return False
-
-
-def compile_model(model, machine):
-    """Compile the layers and the loss, if that is wanted and works here."""
-    if machine.compile:
-        say("compiling, which takes up to a minute ...")
-    if machine.compile and compiles(machine.device):
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)  # all of them use the first one's graph
-        model.slice_loss = torch.compile(slice_loss, dynamic=False)
 
 
 def total(number, machine):
@@ -658,34 +628,33 @@ def total(number, machine):
 # -------------------------------------------------------------------------- starting or resuming
 def find_start():
     """(model folder to start from or None, run.json of the run to resume or {})."""
-    saved = checkpoints(out_dir)
-    require(saved or init_from != "resume", f"{out_dir} holds no run: leave out --init_from=resume")
-    require(not saved or init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
-    if not saved:
-        source = None if init_from in NO_MODEL else find_model(init_from)
-        require(source or not eval_only, f"{out_dir} holds no run: leave out --eval_only")
-        return source, {}
-    file = saved[-1] / "run.json"
-    require(file.exists(), f"{saved[-1]} is of an older train.py and cannot be resumed: start from "
-                           f"its weights with --init_from={out_dir} --out_dir=NEW")
-    return saved[-1], read_json(file)
+    if saved := checkpoints(out_dir):
+        require(init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
+        file = saved[-1] / "run.json"
+        require(file.exists(), f"{out_dir} is of an older train.py: start from its weights, "
+                               f"--init_from={out_dir} --out_dir=NEW")
+        return saved[-1], read_json(file)
+    if init_from not in NO_MODEL:
+        return find_model(init_from), {}
+    needed = eval_only or init_from == "resume"
+    require(not needed, f"{out_dir} holds no run: leave out --init_from=resume and --eval_only")
+    return None, {}
 
 
 def open_data(source):
     """The Data of data_dir, whose tokenizer must be that of `source`. Makes the default one."""
     if not Path(data_dir).exists():
         alone = prepare.process_rank()[1] == 1
-        require(data_dir == "data" and alone, f"there is no {data_dir}: run python prepare.py "
-                                              f"--input=TEXT --data_dir={data_dir} first")
+        require(data_dir == "data" and alone,
+                f"there is no {data_dir}: run python prepare.py --input=TEXT --data_dir={data_dir}")
         prepare.prepare(tokenizer=str(source or "bpe"))
     data = Data(data_dir)
-    tokenizer = prepare.load_tokenizer(source) if source else data.tokenizer
-    require(prepare.fingerprint(tokenizer) == prepare.fingerprint(data.tokenizer),
-            f"{data_dir} has a different tokenizer from {source}: run python prepare.py "
-            f"--input=TEXT --tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
-    tokens = data.meta["train_tokens"]
-    require(tokens >= 2 * block_size,
-            f"{data_dir} has only {tokens:,} tokens to train on: lower --block_size={block_size}")
+    if source:
+        known = prepare.fingerprint(prepare.load_tokenizer(source))
+        require(known == data.meta["tokenizer_sha256"],
+                f"{data_dir} has a different tokenizer: prepare it with --tokenizer={source}")
+    require(data.meta["train_tokens"] >= 2 * block_size,
+            f"{data_dir} is too short for --block_size={block_size}: lower it")
     return data
 
 
@@ -711,8 +680,7 @@ def resolve_settings(saved, data):
         require(not flags, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
     same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
-            f"{data_dir} is not the text that the run in {out_dir} began with: prepare that one "
-            f"again, or start from its weights with --init_from={out_dir} --out_dir=NEW")
+            f"{data_dir} is not the text of this run: prepare that one again, or see --init_from")
     for key, value in changed.items():
         say(f"changed: {key} = {now[key]} (was {value})")
 
@@ -722,20 +690,16 @@ def make_model(source, data):
     torch.manual_seed(seed)
     if source:
         model = load_model(source, dropout)
-        for ours, theirs in SHAPE.items():
-            found = getattr(model.config, theirs)
-            require(globals()[ours] == found, f"{source} has {ours}={found}: leave out --{ours}")
     else:
-        require(n_embd % (2 * n_head) == 0,
-                f"--n_embd={n_embd} must be a multiple of 2 x --n_head={n_head}")
+        require(n_embd % (2 * n_head) == 0, f"--n_embd={n_embd} is no multiple of 2 x {n_head=}")
         shape = {theirs: globals()[ours] for ours, theirs in SHAPE.items()}
         model = Llama(SimpleNamespace(
             **SUPPORTED, **shape, head_dim=n_embd // n_head, max_position_embeddings=block_size,
             initializer_range=n_embd ** -0.5, tie_word_embeddings=True), dropout)
     longest = model.config.max_position_embeddings
     require(block_size <= longest, f"--block_size={block_size} exceeds the model's {longest:,}")
-    require(vocab_size >= data.meta["vocab_size"],
-            f"--vocab_size={vocab_size} is below the {data.meta['vocab_size']:,} of {data_dir}")
+    least = data.meta["vocab_size"]
+    require(vocab_size >= least, f"--vocab_size={vocab_size} must be {least} or more")
     model.gradient_checkpointing = gradient_checkpointing
     return model
 
@@ -746,18 +710,18 @@ def report(flags, model, data, run, machine, source):
     for key, value in flags.items():
         say(f"overriding: {key} = {value}")
     parameters = sum(p.numel() for p in model.parameters())
-    epochs = max_iters * machine.sequences * block_size / data.meta["train_tokens"]
+    tokens = data.meta["train_tokens"]
+    epochs = max_iters * machine.sequences * block_size / tokens
     say(f"device     {machine.world} x {machine.device}, {machine.dtype}")
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
-    say(f"data       {data_dir}: {data.meta['train_tokens']:,} tokens, "
-        f"{data.meta['val_tokens']:,} for validation")
-    say(f"iteration  {machine.sequences:,} sequences of {block_size:,} tokens, "
-        f"{machine.micro_batch:,} at a time")
-    say(f"optimizer  {optimizer}, {warmup_iters} warm-up iterations to {learning_rate:g}, "
-        f"{schedule} to {min_lr:g} at {lr_decay_iters:,}")
-    last = max(run.iteration, max_iters)
-    say(f"run        {out_dir}, iterations {run.iteration:,} to {last:,} "
-        f"({epochs:.1f} epochs), from {source or 'scratch'}")
+    say(f"data       {data_dir}: {tokens:,} tokens, {data.meta['val_tokens']:,} for validation")
+    say(f"iteration  {machine.sequences} x {block_size} tokens, in parts of {machine.micro_batch}")
+    say(f"optimizer  {optimizer}, {warmup_iters:,} iterations of warm-up to {learning_rate:g}")
+    say(f"schedule   {schedule} to {min_lr:g} at iteration {lr_decay_iters:,}")
+    say(f"start      {source or 'scratch'}")
+    say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs")
+    if run.iteration >= max_iters:
+        say(f"nothing left to do: --max_iters={2 * run.iteration} goes on at min_lr")
     if machine.device.type == "cpu":
         report_memory(parameters, machine)
 
@@ -774,41 +738,39 @@ def report_memory(parameters, machine):
         _, _, line = Path("/proc/meminfo").read_text().partition("MemAvailable:")
         free = int(line.split()[0]) / 1e6 / machine.world
         if needed > free:
-            say(f"warning: only {free:.1f} GB are free: the system may kill this process; lower "
+            say(f"warning: only {free:.1f} GB are free, the system may kill this process: lower "
                 "--batch_size or --block_size, or try --gradient_checkpointing=true")
 
 
-def start_wandb(run):
-    """Begin a run of Weights & Biases, or resume the one that this run had before."""
-    with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
-        import wandb
-    wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow",
-               config=prepare.settings_of(globals()))
-    run.wandb_id = wandb.run.id
-
-
 @tolerated("writing log.csv", OSError)
-def write_log(rows):
+def write_log(run):
     """Rewrite log.csv with every column that occurs; send wandb the last row."""
+    rows = list(run.rows.values())
     columns = dict.fromkeys(key for row in rows for key in row)
-    with open(Path(out_dir, "log.csv"), "w", newline="") as file:
+    with open(f"{out_dir}/log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    if wandb_log:
+    if not wandb_log:
+        return
+    with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
         import wandb
-        wandb.log(rows[-1], step=rows[-1]["iter"])
+    if wandb.run is None:  # begin a run there, or resume the one before
+        config = prepare.settings_of(globals())
+        wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow", config=config)
+        run.wandb_id = wandb.run.id
+    wandb.log(rows[-1], step=rows[-1]["iter"])
 
 
 @tolerated("drawing loss.png", Exception)
-def draw_curve(rows, data):
+def draw_curve(run, data):
     """Draw the losses and the learning rate of log.csv as out_dir/loss.png."""
     from matplotlib.figure import Figure
     figure = Figure((7, 5), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(4, 1))
 
     def points(name):
-        found = [(row["iter"], row[name]) for row in rows if name in row]
+        found = [(row["iter"], row[name]) for row in run.rows.values() if name in row]
         return np.array(found).reshape(-1, 2).T
 
     x, y = points("train_loss")
@@ -817,9 +779,8 @@ def draw_curve(rows, data):
     losses.plot(x, y, "tab:blue", alpha=0.25)
     losses.plot(x, smooth, "tab:blue", label="training, smoothed")
     x, y = points("val_loss")
-    best = np.nanargmin(y)
-    losses.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
-    losses.plot(x[best], y[best], "r*", markersize=12, label=f"best: {y[best]:.4f}")
+    best = f"validation, best {np.nanmin(y):.4f}"
+    losses.plot(x, y, "o-", color="tab:orange", markersize=3, label=best)
     rates.plot(*points("lr"), "tab:gray")
 
     # bits per byte of one nat per token
@@ -830,99 +791,87 @@ def draw_curve(rows, data):
     losses.grid(alpha=0.3)
     losses.legend()
     rates.set(ylabel="learning rate", xlabel="iteration")
-    figure.savefig(Path(out_dir, "loss.png"), dpi=120)
+    figure.savefig(f"{out_dir}/loss.png", dpi=120)
 
 
 def show_sample(model, data, iteration):
-    """Print a text that the model writes."""
+    """Print a text that the model writes, 100 tokens at a temperature of 0.8."""
     start = torch.tensor([data.start], device=model.head().device)
     generator = torch.Generator(start.device).manual_seed(seed)
-    temperature = 0.8
 
     def choose(logits, tokens):
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        return torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)
 
     with torch.compiler.set_stance("force_eager"):
         ids = [new.item() for new in model.eval().generate(start, 100, choose)]
-    if data.eot in ids:
-        ids = ids[:ids.index(data.eot)]
-    say(f"--- iteration {iteration:,}, temperature {temperature} ".ljust(60, "-"))
-    say(prepare.printable(data.tokenizer.decode(ids)).strip() + "\n" + "-" * 60)
+    text = prepare.printable(data.tokenizer.decode(ids, skip_special_tokens=False)).strip()
+    say(f"--- iteration {iteration:,} ".ljust(60, "-") + f"\n{text}\n" + "-" * 60)
 
 
 # -------------------------------------------------------------------------------------- training
 stop_signals = []  # the times at which they arrived
 
 
-def listen(run):
-    """Let Ctrl-C, SIGTERM or SIGHUP end the run after its iteration; a second one, at once."""
+def ask_to_stop(number, frame):
+    """End the run after its iteration; at the second signal, at once."""
     rank, world = prepare.process_rank()
-
-    def ask_to_stop(number, frame):
-        if stop_signals:
-            if world > 1 and time.monotonic() < stop_signals[0] + 2:
-                return  # torchrun forwards the Ctrl-C that this process already got
-            os._exit(128 + number)
-        stop_signals.append(time.monotonic())
-        line = (f"\nfinishing iteration {run.iteration + 1:,}, then saving; "
-                "Ctrl-C again quits at once\n")
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            if rank == 0:
-                os.write(2, line.encode())
-
-    prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
-
-
-def to_device(arrays, machine):
-    """numpy's (inputs, targets) as tensors on the machine's device."""
-    return [torch.from_numpy(array).to(machine.device) for array in arrays]
+    if stop_signals:
+        if world > 1 and time.monotonic() < stop_signals[0] + 2:
+            return  # torchrun forwards the Ctrl-C that this process already got
+        os._exit(128 + number)
+    stop_signals.append(time.monotonic())
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        if rank == 0:
+            os.write(2, b"\nfinishing an iteration, then saving; Ctrl-C again quits at once\n")
 
 
 @torch.no_grad()
 def evaluate(model, data, machine):
-    """The loss over all of validation, as columns of log.csv; None if a stop signal came."""
+    """Print the loss over all of validation. Returns columns of log.csv, or None when stopped."""
     model.eval()
     count = data.meta["val_tokens"] - 1
     at_once = max(1, TOKENS_AT_ONCE // block_size)
     nats = 0.0
     firsts = range(0, math.ceil(count / block_size), at_once * machine.world)
-    for first in tqdm(firsts, f"evaluating {count:,} tokens", leave=False, delay=3,
-                      disable=machine.hide_bar):
+    for first in tqdm(firsts, "evaluating", leave=False, delay=3, disable=machine.hide_bar):
         if total(len(stop_signals), machine):
             return None
         starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
-        inputs, targets = to_device(data.windows("val", starts, block_size), machine)
+        windows = np.stack(data.windows("val", starts, block_size))
+        inputs, targets = torch.tensor(windows, device=machine.device)
         with machine.autocast:
             nats += model.loss(inputs, targets).item()
     nats = total(nats, machine)
-    return {"val_loss": nats / count, "val_bpb": nats / math.log(2) / data.meta["val_bytes"],
-            "val_perplexity": math.exp(min(nats / count, 700))}  # exp(710) overflows
+    loss = nats / count
+    bpb = nats / math.log(2) / data.meta["val_bytes"]
+    perplexity = math.exp(min(loss, 700))  # exp(710) overflows
+    say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte, perplexity {perplexity:.2f}")
+    return {"val_loss": loss, "val_bpb": bpb, "val_perplexity": perplexity}
 
 
-def add_gradients(model, inputs, targets, machine):
+def add_gradients(model, batch, machine):
     """Add this process's part of the gradient of the mean loss. Returns that part of the loss."""
-    n = machine.micro_batch
-    all_tokens = targets.numel() * machine.world
+    all_tokens = batch[1].numel() * machine.world
     loss = 0.0
-    for some_inputs, some_targets in zip(inputs.split(n), targets.split(n)):
+    for inputs, targets in batch.split(machine.micro_batch, dim=1):
         with machine.autocast:
-            part = model.loss(some_inputs, some_targets) / all_tokens
+            part = model.loss(inputs, targets) / all_tokens
         machine.scaler.scale(part).backward()
         loss = loss + part.detach()
     return loss
 
 
-def forward_backward(model, optimizers, inputs, targets, machine, dropout_seed):
-    """Compute and clip the gradient of the mean loss. Returns that loss and the gradient's norm."""
+def update(model, optimizers, batch, rate, machine, dropout_seed):
+    """Train on a batch. Returns its mean loss and the gradient's norm; unless finite, no step."""
+    batch = torch.tensor(np.stack(batch), device=machine.device)  # (inputs and targets, B, T)
     loss = None
     while loss is None:
         torch.manual_seed(dropout_seed)
         model.train().zero_grad()
         try:
-            loss = add_gradients(model, inputs, targets, machine)
+            loss = add_gradients(model, batch, machine)
         except torch.OutOfMemoryError:
-            require(machine.micro_batch > 1,
-                    f"out of memory with one sequence: lower --block_size={block_size}")
+            require(machine.micro_batch > 1, f"out of memory: lower --block_size={block_size}")
             machine.micro_batch //= 2
             say(f"out of memory: {machine.micro_batch} sequences at a time now, the same results")
 
@@ -931,53 +880,37 @@ def forward_backward(model, optimizers, inputs, targets, machine, dropout_seed):
             dist.all_reduce(p.grad)
     for opt in optimizers:
         machine.scaler.unscale_(opt)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    return total(loss.item(), machine), norm.item()
-
-
-def update(optimizers, rate, machine):
-    """Step the optimizers, each group of parameters at its share of the learning rate."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    loss = total(loss.item(), machine)
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = rate * group.get("scale", 1)
-        machine.scaler.step(opt)
-
-
-def is_due(iteration):
-    """Whether to evaluate and save at an iteration."""
-    return iteration % eval_interval == 0 or iteration >= max_iters
+        if math.isfinite(loss + norm):
+            machine.scaler.step(opt)
+    machine.scaler.update()
+    return loss, norm
 
 
 def log_iteration(run, bar, began, loss, norm, rate, machine):
-    """Show an iteration on the bar and, every log_interval of them, in log.csv."""
+    """Show an iteration on the bar and, at intervals and at the end, record it for log.csv."""
     speed = machine.sequences * block_size / max(time.perf_counter() - began, 1e-9)
     bar.set_postfix_str(f"loss {loss:.2f}, {speed / 1000:.1f}k tok/s", refresh=False)
     bar.update()
-    if run.iteration % log_interval == 0 or is_due(run.iteration):
+    if run.iteration % log_interval == 0 or run.iteration >= max_iters:
         run.record(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed))
-        if machine.rank == 0:
-            write_log(run.rows)
         if bar.disable:
             say(f"iteration {run.iteration:,}: training loss {loss:.4f}, {speed:,.0f} tok/s")
 
 
-def result_line(scores):
-    return (f"loss {scores['val_loss']:.4f}, {scores['val_bpb']:.4f} bits per byte, "
-            f"perplexity {scores['val_perplexity']:.2f}")
-
-
-def say_goodbye(run, first_iteration):
+def say_goodbye(run):
     """Print how the run ended, and what to do next."""
     if run.iteration < max_iters or run.val_loss is None:
         kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
-    if first_iteration >= max_iters:
-        say(f"nothing left to do in {out_dir}: --max_iters={2 * run.iteration} goes on at min_lr")
-    evaluated = [row for row in run.rows if "val_loss" in row]
-    best = min(evaluated, key=lambda row: np.nan_to_num(row["val_loss"], nan=math.inf))
-    say(f"best: {result_line(best)}, at iteration {best['iter']:,}\n"
-        f"sample it: python sample.py --model={out_dir}\n"
-        f"in a browser: python sample.py --model={out_dir} --web=true")
+    evaluated = [row for row in run.rows.values() if math.isfinite(row.get("val_loss", math.nan))]
+    best = min(evaluated, key=lambda row: row["val_loss"])
+    say(f"best: validation loss {best['val_loss']:.4f}, at iteration {best['iter']:,}\n"
+        f"sample it: python sample.py --model={out_dir}, or with --web=true in a browser")
 
 
 def main():
@@ -995,22 +928,22 @@ def main():
     optimizers = make_optimizers(model)
     run = restore(source, optimizers, machine) if saved else Run()
     report(flags, model, data, run, machine, source)
-    compile_model(model, machine)
+    if machine.compile and compiles(machine.device):
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)  # all of them use the first one's graph
+        model.slice_loss = torch.compile(slice_loss, dynamic=False)
     if eval_only:
-        return say(result_line(evaluate(model, data, machine)))
-    listen(run)
-    if wandb_log and machine.rank == 0:
-        start_wandb(run)
+        return evaluate(model, data, machine)
+    prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
 
-    share = machine.sequences // machine.world  # of this process
-    first_iteration = run.iteration
     skipped = 0  # updates skipped in a row
     bar = tqdm(total=max_iters, initial=run.iteration, dynamic_ncols=True, disable=machine.hide_bar,
                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}")
     while True:
         # at intervals and at the end evaluate, save and sample; at a stop signal only save
         scores = None
-        if is_due(run.iteration) and run.val_loss is None:
+        due = run.iteration % eval_interval == 0 or run.iteration >= max_iters
+        if due and run.val_loss is None:
             if not run.rows:
                 say(f"evaluating {data.meta['val_tokens']:,} tokens before the first iteration ...")
             scores = evaluate(model, data, machine)
@@ -1018,12 +951,12 @@ def main():
         if scores:
             run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
             run.record(**scores)
-            say(f"iteration {run.iteration:,}: {result_line(scores)}")
+        if machine.rank == 0 and run.iteration in run.rows:
+            write_log(run)
         if machine.rank == 0 and run.iteration > 0 and (scores or stopping):
             save_checkpoint(model, data, run, optimizers, machine)
         if machine.rank == 0 and scores:
-            write_log(run.rows)
-            draw_curve(run.rows, data)
+            draw_curve(run, data)
             show_sample(model, data, run.iteration)
         if stopping or run.iteration >= max_iters:
             break
@@ -1031,23 +964,21 @@ def main():
         # one update, by the mean loss over the tokens of all processes
         began = time.perf_counter()
         dropout_seed = seed + run.iteration * machine.world + machine.rank
-        first = run.sequences + machine.rank * share
-        batch = to_device(data.training_batch(first, share, block_size, seed), machine)
-        loss, norm = forward_backward(model, optimizers, *batch, machine, dropout_seed)
+        first = run.sequences + machine.rank * machine.share
+        batch = data.training_batch(first, machine.share, block_size, seed)
         rate = learning_rate_at(run.iteration)
-        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
-        if skipped == 0:
-            update(optimizers, rate, machine)
-        machine.scaler.update()
-        run.advance(machine.sequences)
+        loss, norm = update(model, optimizers, batch, rate, machine, dropout_seed)
+        run.iteration += 1
+        run.sequences += machine.sequences
+        run.val_loss = None
         log_iteration(run, bar, began, loss, norm, rate, machine)
+        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
         if skipped:
             say(f"iteration {run.iteration:,}: update skipped, loss {loss}, gradient norm {norm}")
-            require(skipped < 5, f"no finite gradient in {skipped} iterations, learning rate "
-                                 f"{rate:.3g}: run again with a lower --learning_rate")
+            require(skipped < 5, "no finite gradient in 5 iterations: lower --learning_rate")
 
     bar.close()
-    say_goodbye(run, first_iteration)
+    say_goodbye(run)
     if machine.world > 1:
         dist.destroy_process_group()
 
