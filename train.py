@@ -12,9 +12,11 @@ Ctrl-C saves and exits; the same command resumes.
 import contextlib
 import csv
 import ctypes
+import functools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -83,7 +85,7 @@ compile = "auto"                 # auto (on GPUs, and on CPUs from 512 channels 
 gradient_checkpointing = False   # recompute layers in the backward pass: less memory, more time
 deterministic = False            # bit-exact resume on GPUs too; slower
 
-# -------------------------------------------- settings that --size and --init_from change at once
+# ------------- what --size and --init_from change at once: it wins over the block, flags over it
 RECIPE = dict(  # SmolLM2's (arXiv:2502.02737), with half a million tokens an update
     vocab_size=49152, block_size=2048, batch_size=16, gradient_accumulation_steps=16,
     optimizer="adamw", max_iters=10_000, learning_rate=3e-3, weight_decay=0.1, beta2=0.95,
@@ -171,7 +173,7 @@ class Attention(nn.Module):
             v = values.index_copy_(2, positions, v)
             if T == 1:  # the queries of a key head become rows of one product: much faster on CPUs
                 q = q.view(B, k.shape[1], -1, self.head_dim)
-        if x.is_cuda and q.dtype != torch.bfloat16:  # some GPUs lack a fast grouped-query kernel
+        if x.is_cuda and v.dtype != torch.bfloat16:  # some GPUs lack a fast grouped-query kernel
             groups = q.shape[1] // k.shape[1]
             k = k.repeat_interleave(groups, dim=1)
             v = v.repeat_interleave(groups, dim=1)
@@ -200,8 +202,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, *rest):  # as in Attention
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *rest))
+    def forward(self, x, *attention_args):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *attention_args))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -210,14 +212,14 @@ def slice_loss(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
 
-LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32; those of a whole batch would take gigabytes
+LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32 (GPUs: four times that), not gigabytes
 
 
 class SlicedLoss(torch.autograd.Function):
-    """slice_loss in slices, each with its gradient at once (Liger Kernel, arXiv:2410.10989)."""
+    """The same, by slices; forward also takes the gradients (Liger Kernel, arXiv:2410.10989)."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, loss_of):
+    def forward(ctx, x, weight, targets, loss_of_slice):
         at_once = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
         slices = math.ceil(len(x) * len(weight) / at_once)
         rows = 128 * math.ceil(len(x) / slices / 128)
@@ -226,7 +228,7 @@ class SlicedLoss(torch.autograd.Function):
         summed = 0.0
         with torch.set_grad_enabled(training):
             for some_x, some_targets in zip(x.split(rows), targets.split(rows)):
-                loss = loss_of(some_x, weight, some_targets)
+                loss = loss_of_slice(some_x, weight, some_targets)
                 if training:
                     loss.backward()
                 summed = summed + loss.detach()
@@ -254,8 +256,8 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.gradient_checkpointing = False
-        self.slice_loss = slice_loss    # train.py may compile this one,
-        self.decode = self.last_logits  # sample.py this one
+        self.loss_of_slice = slice_loss  # main() may compile this,
+        self.decode = self.last_logits   # and sample.py this
 
         # rotary embedding (RoFormer, arXiv:2104.09864) of the channels i and i + head_dim / 2
         frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -276,7 +278,7 @@ class Llama(nn.Module):
         return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def hidden(self, tokens, caches=None, positions=None):
-        """The final hidden states (B, T, C) of tokens (B, T), at `positions` (T,) of the caches."""
+        """Hidden states (B, T, C) of tokens (B, T), at `positions` (T,) of the caches, if any."""
         x = self.dropout(self.model.embed_tokens(tokens))
         mask = None
         if caches is None:
@@ -300,7 +302,7 @@ class Llama(nn.Module):
     def loss(self, tokens, targets):
         """Summed loss (nats) of predicting targets (B, T) from tokens (B, T); -1 is ignored."""
         x = self.hidden(tokens).flatten(0, 1)
-        return SlicedLoss.apply(x, self.head(), targets.flatten(), self.slice_loss)
+        return SlicedLoss.apply(x, self.head(), targets.flatten(), self.loss_of_slice)
 
     def last_logits(self, tokens, caches, positions):
         """Logits (B, V) for the token after the last one."""
@@ -365,17 +367,22 @@ def orthogonal(matrices):
 
 def make_optimizers(model):
     """[AdamW], or [AdamW for embedding and norms, Muon for the layers' matrices]."""
-    kinds = {}  # norms and matrices by their dimensions, the matrices for Muon by their shape
+    norms, matrices = [], []
+    stacks = {}  # the layers' matrices, by shape
     for name, p in model.named_parameters():
-        if p.dim() not in (1, 2):
+        if p.dim() == 1:
+            norms.append(p)
+        elif p.dim() == 2 and optimizer == "muon" and ".layers." in name:
+            stacks.setdefault(p.shape, []).append(p)
+        elif p.dim() == 2:
+            matrices.append(p)
+        else:
             raise ValueError(f"no optimizer is chosen for {name}, of shape {tuple(p.shape)}")
-        for_muon = optimizer == "muon" and p.dim() == 2 and ".layers." in name
-        kinds.setdefault(p.shape if for_muon else p.dim(), []).append(p)
-    groups = [{"params": kinds.pop(2)}, {"params": kinds.pop(1), "weight_decay": 0.0}]
+    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
-    if not kinds:
+    if optimizer == "adamw":
         return [adamw]
-    groups = [{"params": stack, "scale": MUON_SCALE} for stack in kinds.values()]
+    groups = [{"params": stack, "scale": MUON_SCALE} for stack in stacks.values()]
     return [adamw, Muon(groups, {"lr": 0.0, "weight_decay": weight_decay})]
 
 
@@ -385,12 +392,11 @@ def learning_rate_at(iteration):
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if iteration >= lr_decay_iters:
         return min_lr
-    left = lr_decay_iters - iteration
     span = lr_decay_iters - warmup_iters
     if schedule == "cosine":
-        height = 0.5 * (1 + math.cos(math.pi * (1 - left / span)))
+        height = 0.5 * (1 + math.cos(math.pi * (iteration - warmup_iters) / span))
     else:  # warm-up, stable, decay (arXiv:2404.06395)
-        height = min(1, left / min(lr_decay_iters / 5, span))
+        height = min(1, (lr_decay_iters - iteration) / min(lr_decay_iters / 5, span))
     return min_lr + height * (learning_rate - min_lr)
 
 
@@ -400,7 +406,7 @@ SUPPORTED = dict(model_type="llama", hidden_act="silu", attention_bias=False, ml
 
 def checkpoints(folder):
     """The checkpoints in an out folder, the newest last."""
-    return sorted(Path(folder).glob("step-*"))
+    return sorted(Path(folder).glob("step-" + 7 * "[0-9]"))
 
 
 def saved_loss(checkpoint):
@@ -475,16 +481,16 @@ class Run:
 def save_checkpoint(model, data, run, optimizers, machine):
     """Write out_dir/step-<iteration> aside, then rename it; keep only the newest and the best."""
     path = Path(out_dir, f"step-{run.iteration:07d}")
-    tmp = Path(out_dir, "tmp")
+    tmp = Path(out_dir, ".unfinished")
     finite = all(p.isfinite().all() for p in model.parameters())
     require(finite, f"{path}: weights that are not finite are not saved: lower --learning_rate")
     ids = {"bos_token_id": data.start[0], "eos_token_id": data.eot}
-    tokens = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
-    llama = {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    marks = {name.removesuffix("_id"): data.tokenizer.id_to_token(ids[name]) for name in ids}
+    for_transformers = {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
     json_files = {
-        "config": vars(model.config) | ids | llama,
+        "config": vars(model.config) | ids | for_transformers,
         "generation_config": ids,
-        "tokenizer_config": tokens | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "tokenizer_config": marks | {"tokenizer_class": "PreTrainedTokenizerFast"},
         "run": {"iteration": run.iteration, "val_loss": run.val_loss, "wandb_id": run.wandb_id,
                 "settings": prepare.settings_of(globals()), "data": data.meta}}
     trainer = {"run": vars(run), "scaler": machine.scaler.state_dict(),
@@ -528,7 +534,8 @@ def flush(*paths):
 def restore(checkpoint, optimizers, machine):
     """The Run of a checkpoint. Also restores the state of the optimizers and the scaler."""
     file = checkpoint / "trainer.pt"
-    with explained(f"{file} is damaged: move {checkpoint} away to resume another", Exception):
+    problem = f"{file} is damaged: move {checkpoint} away to resume an earlier one"
+    with explained(problem, OSError, EOFError, RuntimeError, pickle.UnpicklingError):
         trainer = torch.load(file, machine.device, weights_only=True)  # others could run code
     for opt, state in zip(optimizers, trainer["optimizers"]):
         opt.load_state_dict(opt.state_dict() | {"state": state})  # its rates are this command's
@@ -560,13 +567,14 @@ def has_bfloat16(device):
 def set_up_machine():
     """Where and how to compute, as a namespace."""
     rank, world = prepare.process_rank()
-    where = choose_device(device)
+    name = device
+    if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        require(gpu < gpus, f"there are {gpus} GPUs here: use --nproc_per_node={gpus}")
+        torch.cuda.set_device(gpu)
+        name = f"cuda:{gpu}"
+    where = choose_device(name)
     cuda = where.type == "cuda"
-    if cuda and world > 1:
-        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        gpus = torch.cuda.device_count()
-        require(where.index < gpus, f"there are {gpus} GPUs here: use --nproc_per_node={gpus}")
-        torch.cuda.set_device(where)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     if deterministic:
@@ -583,18 +591,20 @@ def set_up_machine():
         keep_freed_memory()
         micro_batch = min(micro_batch, max(1, TOKENS_AT_ONCE // block_size))
 
-    pays = cuda or n_embd >= 512  # on CPUs bfloat16 and compiling pay with wide models alone
-    products = dtype
-    if dtype == "auto" and pays and has_bfloat16(where):
-        products = "bfloat16"
+    wide = cuda or n_embd >= 512  # on CPUs bfloat16 and compiling help wide models alone
+    precision = dtype
+    if dtype == "auto" and wide and has_bfloat16(where):
+        precision = "bfloat16"
     elif dtype == "auto":
-        products = "float16" if cuda else "float32"
-    autocast = torch.autocast(where.type, getattr(torch, products), enabled=products != "float32")
-    scaler = torch.amp.GradScaler(where.type, 4096.0, enabled=products == "float16")
+        precision = "float16" if cuda else "float32"
+    autocast = torch.autocast(where.type, getattr(torch, precision), enabled=precision != "float32")
+    scaler = torch.amp.GradScaler(where.type, 4096.0, enabled=precision == "float16")
     return SimpleNamespace(
-        device=where, rank=rank, world=world, dtype=products, autocast=autocast, scaler=scaler,
-        sequences=sequences, share=share, micro_batch=micro_batch,
-        compile=compile == "true" or (compile == "auto" and pays),
+        device=where, rank=rank, world=world, dtype=precision, autocast=autocast, scaler=scaler,
+        sequences=sequences,      # of an iteration
+        share=share,              # of them, this process's
+        micro_batch=micro_batch,  # of its share, at a time
+        compile=compile == "true" or (compile == "auto" and wide),
         hide_bar=True if rank > 0 else None)  # None: shown if there is a terminal
 
 
@@ -617,7 +627,7 @@ def compiles(device):
 
 
 def total(number, machine):
-    """The sum of a number over all processes."""
+    """A number summed over all processes."""
     if machine.world == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64, device=machine.device)
@@ -652,9 +662,11 @@ def open_data(source):
     if source:
         known = prepare.fingerprint(prepare.load_tokenizer(source))
         require(known == data.meta["tokenizer_sha256"],
-                f"{data_dir} has a different tokenizer: prepare it with --tokenizer={source}")
-    require(data.meta["train_tokens"] >= 2 * block_size,
-            f"{data_dir} is too short for --block_size={block_size}: lower it")
+                f"{data_dir} has a different tokenizer: run python prepare.py --input=TEXT "
+                f"--tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
+    tokens = data.meta["train_tokens"]
+    require(tokens >= 2 * block_size,
+            f"{data_dir} has only {tokens:,} tokens to train on: lower --block_size={block_size}")
     return data
 
 
@@ -675,12 +687,14 @@ def resolve_settings(saved, data):
     changed = {key: value for key, value in old.items() if now.get(key, value) != value}
     if init_from in NO_MODEL and changed.get("init_from") in NO_MODEL:
         del changed["init_from"]
-    for keys in (["init_from"], ["size"], [*SHAPE, "optimizer"]):  # the first two set others
+    # init_from and size set the others: where they differ, they are named alone
+    for keys in (["init_from"], ["size"], [*SHAPE, "optimizer"]):
         flags = " ".join(f"--{key}={changed[key]}" for key in keys if key in changed)
         require(not flags, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
     same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
-            f"{data_dir} is not the text of this run: prepare that one again, or see --init_from")
+            f"{data_dir} is not the text that {out_dir} began with: prepare that one again, or "
+            f"start from its weights with --init_from={out_dir} --out_dir=NEW")
     for key, value in changed.items():
         say(f"changed: {key} = {now[key]} (was {value})")
 
@@ -715,7 +729,8 @@ def report(flags, model, data, run, machine, source):
     say(f"device     {machine.world} x {machine.device}, {machine.dtype}")
     say(f"model      {size}, {n_layer} layers x {n_embd}, {parameters:,} parameters")
     say(f"data       {data_dir}: {tokens:,} tokens, {data.meta['val_tokens']:,} for validation")
-    say(f"iteration  {machine.sequences} x {block_size} tokens, in parts of {machine.micro_batch}")
+    say(f"iteration  {machine.sequences} sequences of {block_size} tokens, "
+        f"{machine.micro_batch} at a time")
     say(f"optimizer  {optimizer}, {warmup_iters:,} iterations of warm-up to {learning_rate:g}")
     say(f"schedule   {schedule} to {min_lr:g} at iteration {lr_decay_iters:,}")
     say(f"start      {source or 'scratch'}")
@@ -724,6 +739,8 @@ def report(flags, model, data, run, machine, source):
         say(f"nothing left to do: --max_iters={2 * run.iteration} goes on at min_lr")
     if machine.device.type == "cpu":
         report_memory(parameters, machine)
+    if not run.rows:
+        say("evaluating before the first iteration ...")
 
 
 def report_memory(parameters, machine):
@@ -751,15 +768,19 @@ def write_log(run):
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    if not wandb_log:
-        return
-    with explained("--wandb_log=true needs wandb: pip install wandb", ImportError):
+    if wandb_log:
         import wandb
-    if wandb.run is None:  # begin a run there, or resume the one before
-        config = prepare.settings_of(globals())
-        wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow", config=config)
-        run.wandb_id = wandb.run.id
-    wandb.log(rows[-1], step=rows[-1]["iter"])
+        wandb.log(rows[-1], step=rows[-1]["iter"])
+
+
+def start_wandb(run):
+    """Begin a run of Weights & Biases, or resume the one that this run had before."""
+    problem = "--wandb_log does not work: pip install wandb, then wandb login"
+    with explained(problem, Exception):  # missing, not logged in, no network
+        import wandb
+        wandb.init(project="smollm2", name=out_dir, id=run.wandb_id, resume="allow",
+                   config=prepare.settings_of(globals()))
+    run.wandb_id = wandb.run.id
 
 
 @tolerated("drawing loss.png", Exception)
@@ -779,8 +800,9 @@ def draw_curve(run, data):
     losses.plot(x, y, "tab:blue", alpha=0.25)
     losses.plot(x, smooth, "tab:blue", label="training, smoothed")
     x, y = points("val_loss")
-    best = f"validation, best {np.nanmin(y):.4f}"
-    losses.plot(x, y, "o-", color="tab:orange", markersize=3, label=best)
+    best = np.nanargmin(y)
+    losses.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
+    losses.plot(x[best], y[best], "r*", markersize=12, label=f"best: {y[best]:.4f}")
     rates.plot(*points("lr"), "tab:gray")
 
     # bits per byte of one nat per token
@@ -795,34 +817,52 @@ def draw_curve(run, data):
 
 
 def show_sample(model, data, iteration):
-    """Print a text that the model writes, 100 tokens at a temperature of 0.8."""
+    """Print a text that the model writes, of at most 100 tokens."""
     start = torch.tensor([data.start], device=model.head().device)
     generator = torch.Generator(start.device).manual_seed(seed)
+    temperature = 0.8
 
     def choose(logits, tokens):
-        return torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
 
     with torch.compiler.set_stance("force_eager"):
         ids = [new.item() for new in model.eval().generate(start, 100, choose)]
-    text = prepare.printable(data.tokenizer.decode(ids, skip_special_tokens=False)).strip()
-    say(f"--- iteration {iteration:,} ".ljust(60, "-") + f"\n{text}\n" + "-" * 60)
+    if data.eot in ids:
+        ids = ids[:ids.index(data.eot)]
+    text = prepare.printable(data.tokenizer.decode(ids)).strip()
+    rule = f"--- iteration {iteration:,}, temperature {temperature} ".ljust(60, "-")
+    say(rule + f"\n{text}\n" + 60 * "-")
 
 
 # -------------------------------------------------------------------------------------- training
 stop_signals = []  # the times at which they arrived
 
 
-def ask_to_stop(number, frame):
-    """End the run after its iteration; at the second signal, at once."""
+def is_due(run):
+    """Whether the weights are to be evaluated and saved now, and have not been."""
+    at_interval = run.iteration % eval_interval == 0 or run.iteration >= max_iters
+    return at_interval and run.val_loss is None
+
+
+def ask_to_stop(run, number, frame):
+    """At a signal, end the run after this iteration or evaluation; at a second one, at once."""
     rank, world = prepare.process_rank()
     if stop_signals:
         if world > 1 and time.monotonic() < stop_signals[0] + 2:
             return  # torchrun forwards the Ctrl-C that this process already got
         os._exit(128 + number)
     stop_signals.append(time.monotonic())
+    doing = f"finishing iteration {run.iteration + 1:,}"
+    if is_due(run):
+        doing = "leaving the evaluation"
     with contextlib.suppress(OSError):  # the terminal may be closed
         if rank == 0:
-            os.write(2, b"\nfinishing an iteration, then saving; Ctrl-C again quits at once\n")
+            os.write(2, f"\n{doing}, then saving; Ctrl-C again quits at once\n".encode())
+
+
+def stop_requested(machine):
+    """Whether a signal has reached any process."""
+    return total(len(stop_signals), machine) > 0
 
 
 @torch.no_grad()
@@ -833,8 +873,9 @@ def evaluate(model, data, machine):
     at_once = max(1, TOKENS_AT_ONCE // block_size)
     nats = 0.0
     firsts = range(0, math.ceil(count / block_size), at_once * machine.world)
+    # a bar, if it takes more than three seconds
     for first in tqdm(firsts, "evaluating", leave=False, delay=3, disable=machine.hide_bar):
-        if total(len(stop_signals), machine):
+        if stop_requested(machine):
             return None
         starts = (first + machine.rank * at_once + np.arange(at_once)) * block_size
         windows = np.stack(data.windows("val", starts, block_size))
@@ -886,7 +927,8 @@ def update(model, optimizers, batch, rate, machine, dropout_seed):
         for group in opt.param_groups:
             group["lr"] = rate * group.get("scale", 1)
         if math.isfinite(loss + norm):
-            machine.scaler.step(opt)
+            with explained("no memory to step in: use a smaller --size", torch.OutOfMemoryError):
+                machine.scaler.step(opt)
     machine.scaler.update()
     return loss, norm
 
@@ -904,13 +946,14 @@ def log_iteration(run, bar, began, loss, norm, rate, machine):
 
 def say_goodbye(run):
     """Print how the run ended, and what to do next."""
-    if run.iteration < max_iters or run.val_loss is None:
-        kept = "saved; the same command goes on" if run.iteration else "nothing to save yet"
+    if "val_loss" not in run.rows.get(run.iteration, {}):
+        again = "--init_from=resume" if init_from == "scratch" else "the same command"
+        kept = f"saved; {again} goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
-    evaluated = [row for row in run.rows.values() if math.isfinite(row.get("val_loss", math.nan))]
-    best = min(evaluated, key=lambda row: row["val_loss"])
-    say(f"best: validation loss {best['val_loss']:.4f}, at iteration {best['iter']:,}\n"
-        f"sample it: python sample.py --model={out_dir}, or with --web=true in a browser")
+    best = read_json(find_model(out_dir) / "run.json")
+    say(f"best: validation loss {best['val_loss']:.4f}, at iteration {best['iteration']:,}\n"
+        f"sample it: python sample.py --model={out_dir}\n"
+        f"in a browser: python sample.py --model={out_dir} --web=true")
 
 
 def main():
@@ -931,10 +974,13 @@ def main():
     if machine.compile and compiles(machine.device):
         for layer in model.model.layers:
             layer.compile(dynamic=False)  # all of them use the first one's graph
-        model.slice_loss = torch.compile(slice_loss, dynamic=False)
+        model.loss_of_slice = torch.compile(slice_loss, dynamic=False)
     if eval_only:
-        return evaluate(model, data, machine)
-    prepare.on_signal(ask_to_stop, "SIGINT", "SIGTERM", "SIGHUP")
+        evaluate(model, data, machine)
+        return
+    prepare.on_signal(functools.partial(ask_to_stop, run), "SIGINT", "SIGTERM", "SIGHUP")
+    if wandb_log and machine.rank == 0:
+        start_wandb(run)
 
     skipped = 0  # updates skipped in a row
     bar = tqdm(total=max_iters, initial=run.iteration, dynamic_ncols=True, disable=machine.hide_bar,
@@ -942,12 +988,9 @@ def main():
     while True:
         # at intervals and at the end evaluate, save and sample; at a stop signal only save
         scores = None
-        due = run.iteration % eval_interval == 0 or run.iteration >= max_iters
-        if due and run.val_loss is None:
-            if not run.rows:
-                say(f"evaluating {data.meta['val_tokens']:,} tokens before the first iteration ...")
+        if is_due(run):
             scores = evaluate(model, data, machine)
-        stopping = total(len(stop_signals), machine) > 0
+        stopping = stop_requested(machine)
         if scores:
             run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
             run.record(**scores)
@@ -978,7 +1021,8 @@ def main():
             require(skipped < 5, "no finite gradient in 5 iterations: lower --learning_rate")
 
     bar.close()
-    say_goodbye(run)
+    if machine.rank == 0:
+        say_goodbye(run)
     if machine.world > 1:
         dist.destroy_process_group()
 
