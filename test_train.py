@@ -583,9 +583,8 @@ def test_sliced_loss_equals_cross_entropy_in_float64(rows, logits, monkeypatch):
         assert close(ours, theirs)
 
 
-def test_muon_equals_that_of_torch(monkeypatch):
+def test_muon_equals_that_of_torch():
     """Only nearly, since torch's works in bfloat16; the reference in float64 below is exact."""
-    monkeypatch.setattr(train, "weight_decay", 0.1)
     for shape in (24, 40), (40, 24), (32, 32):
         torch.manual_seed(0)
         ours = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
@@ -598,7 +597,7 @@ def test_muon_equals_that_of_torch(monkeypatch):
                     p.grad = torch.randn(shape)
                 optimizer.step()
         for one, other in zip(ours, theirs):
-            assert close(other.detach(), one.detach(), 0.02)
+            assert (one - other).abs().max() < 0.02 * one.abs().max()
 
 
 # ------------------------------------------------------------------------- optimizer, schedule, data order
