@@ -392,11 +392,12 @@ def learning_rate_at(iteration):
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if iteration >= lr_decay_iters:
         return min_lr
+    left = lr_decay_iters - iteration
     span = lr_decay_iters - warmup_iters
     if schedule == "cosine":
-        height = 0.5 * (1 + math.cos(math.pi * (iteration - warmup_iters) / span))
+        height = 0.5 * (1 + math.cos(math.pi * (1 - left / span)))
     else:  # warm-up, stable, decay (arXiv:2404.06395)
-        height = min(1, (lr_decay_iters - iteration) / min(lr_decay_iters / 5, span))
+        height = min(1, left / min(lr_decay_iters / 5, span))
     return min_lr + height * (learning_rate - min_lr)
 
 
@@ -1024,6 +1025,7 @@ def main():
     if machine.rank == 0:
         say_goodbye(run)
     if machine.world > 1:
+        dist.barrier()  # a process that leaves while others still work may abort
         dist.destroy_process_group()
 
 
