@@ -226,8 +226,8 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch, model, normalizer, spl
     cuts = 0
     for _ in range(60):
         letters = "".join(map(chr, rng.choices(range(0xd800), k=20)))
-        likely = [PROSE[:90], "ACGTTAGACA" * 9, " " * rng.choice([1, 900]), "\n\n", "e\u0301", "字" * 40, "a" * 900, "12 ", letters,
-                  "".join(rng.choices("ab \n", k=60)), "e\u0301" * 90]
+        likely = [PROSE[:90], "ACGTTAGACA" * 9, " ", " " * 900, "\n\n", "e\u0301", "字" * 40, "a" * 333, "12 ",
+                  letters, "".join(rng.choices("ab \n", k=60)), "e\u0301" * 90]
         text = "".join(rng.choice(likely) * rng.randint(1, 12) for _ in range(rng.randint(0, 15)))
         part = rng.randint(1, 3000)
         parts = [(text[i:i + part], False) for i in range(0, len(text), part)] + [("", True)]
@@ -792,7 +792,8 @@ def test_newest_and_best_are_kept_and_the_best_is_sampled(call, work, tmp_path):
     output = call("train.py", *args).out
     assert "nothing left to do" in output and f"at iteration {best}" in output
     kept = train.checkpoints(tmp_path / "out")
-    assert [int(path.name[5:]) for path in kept] == [best, 200] and all(folder.exists() for folder in mine)
+    assert [int(path.name[5:]) for path in kept] == [best, 200]
+    assert all(folder.exists() for folder in mine)
     for path in kept[0], kept[1], kept[1]:  # one without a loss is never the best; of several, the newest is
         assert train.find_model(tmp_path / "out") == path
         damage(path / "run.json", {"val_loss": None})
@@ -1507,7 +1508,7 @@ def benchmark(parts, folder):
                 sides = {f"ours {mode}": (sampling, "ours", mode, dtype, batch) for mode in modes}
                 sides["theirs"] = (sampling, "theirs", "eager", dtype, batch)
                 compare(f"Sampling, 135m, {dtype} x {batch}, prompt of 128, {NEW} new tokens, greedy; "
-                        "theirs: transformers' generate; result: the sum of ids", sides, batch * NEW, "tokens")
+                        "theirs: generate of transformers; result: sum of ids", sides, batch * NEW, "tokens")
     for part, size, rounds in ("prepare", 10 ** 8, ROUNDS), ("prepare1gb", 10 ** 9, 0):
         if part in parts:
             text = folder / "text.txt"
