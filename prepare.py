@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------- settings
-# text: anything in UTF-8, .jsonl, .json (a list), .parquet, and each of them as .gz or .zst
+# text: anything in UTF-8, .jsonl, .json (a list), each also as .gz or .zst; .parquet
 input = "input.txt"  # a file, a folder, a glob or a URL, several separated by commas, - for a pipe
 text_field = "text"  # the text's field in JSON, or its column in parquet
 val_fraction = 0.1   # share of the text, from its end, for validation: at most 10 MB
@@ -65,10 +65,11 @@ WARNED = set()  # what `tolerated` has warned of
 
 
 # --------------------------------------------------------------------------------- names → files
-def find_files(names, text_field, data_dir, work):
+def find_files(names, data_dir, work):
     """The paths that --input means, in order. Downloads go to the folder `work`."""
+    is_one_name = os.path.exists(os.path.expanduser(names))  # which may have commas in it
     files = []
-    for name in [names] if os.path.exists(names) else names.split(","):  # one may hold commas
+    for name in [names] if is_one_name else names.split(","):
         name = os.path.expanduser(name.strip())
         if "://" in name:
             files.append(download(name, work))
@@ -77,16 +78,15 @@ def find_files(names, text_field, data_dir, work):
         elif name:
             require(Path(name).resolve() not in (data_dir, *data_dir.parents),
                     f"--data_dir={data_dir} is inside --input={name}: choose another folder")
-            files += files_of(name, text_field)
+            files += files_of(name)
     require(files, "--input names no file: give one, as in --input=input.txt")
     return files
 
 
-def files_of(name, text_field):
-    """The text files in a folder and below, without hidden and linked folders, or in a glob."""
+def files_of(name):
+    """The text files that are in a folder and its subfolders, or that a glob names."""
     if os.path.isdir(name):
-        found = [path for path in Path(name).rglob("*")
-                 if not any(part[0] == "." for part in path.relative_to(name).parts)]
+        found = walk(name)
     else:
         root = Path(name).anchor or "."
         found = Path(root).glob(os.path.relpath(name, root))
@@ -94,20 +94,32 @@ def files_of(name, text_field):
     # each file once: of a file and the links to it, the first
     found = sorted(filter(Path.is_file, found), reverse=True)
     found = sorted({os.path.realpath(path): str(path) for path in found}.values())
-    files = [path for path in found if is_text(path, text_field)]
+    files = list(filter(is_text, found))
     skipped = len(found) - len(files)
     require(files, f"{name}: no text files found, {skipped:,} others skipped")
     print(f"{name}: {len(files):,} files, {skipped:,} skipped: not text")
     return files
 
 
-def is_text(path, text_field):
-    """Whether a file of a folder can be read: text, parquet, or JSON with our field, no table."""
+def walk(folder):
+    """Yield the paths in a folder and its subfolders, linked ones too, but no hidden ones."""
+    entered = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(where) in entered:
+            folders.clear()  # a link has led here again
+            continue
+        entered.add(os.path.realpath(where))
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (Path(where, name) for name in names if name[0] != ".")
+
+
+def is_text(path):
+    """Whether a file of a folder can be read: text, parquet, or a list in JSON, but no table."""
     with explained(f"cannot read {path}", Exception), open_file(path) as file:
         start = file.read(BLOCK)
     kind = kind_of(path)
     if kind == ".json":
-        return f'"{text_field}"'.encode() in start
+        return start[:1] == b"["
     return kind == ".parquet" or (kind not in TABLES and b"\0" not in start)
 
 
@@ -291,7 +303,7 @@ def pieces(documents, tokenizer):
         while place < len(text) - AROUND - WORD_REACH:
             word = re.compile(r"\w\b").search(text, place, place + WORD_REACH)
             cut = word.end() if word else place
-            before = (context + text[:cut])[-AROUND:]
+            before = (context + text[max(0, cut - AROUND):cut])[-AROUND:]
             place += PIECE
             if is_safe(before, text[cut:cut + AROUND], tokenizer):
                 yield context, text[:cut], False
@@ -360,13 +372,13 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
     folder = Path(data_dir).resolve()
     with explained(f"cannot make {data_dir}", OSError):
         check_folder(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work, \
+        parent = next(path for path in folder.parents if path.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as work, \
                 tempfile.TemporaryFile(dir=work) as file:
             if tokenizer != "bpe":
                 coder = load_tokenizer(tokenizer)
                 vocabulary_of(coder)  # fail now rather than after an hour
-            starts = spool(find_files(input, text_field, folder, work), text_field, file)
+            starts = spool(find_files(input, folder, work), text_field, file)
             size = file.tell()
             split = find_split(file, size, val_fraction)
             place = [path for start, path in starts if start <= split][-1]
@@ -429,6 +441,7 @@ def check_folder(folder):
 
 def put_in_place(new, folder):
     """Replace a folder with a finished one. Of several at once the last wins, whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     for number in range(100):  # another preparation may put its own there between the two renames
         check_folder(folder)
         old = new.with_name(f"old-{number}")
@@ -517,10 +530,12 @@ def configure(config, argv, presets=lambda flags: {}):
             fail(f"unknown flag --{name}{hint}")
         default = settings[name]
         is_switch = isinstance(default, bool)
-        if not equals:
-            alone = not words or words[0].startswith("--")
-            require(is_switch or not alone, f"{word} needs a value: {word}=VALUE")
-            text = "true" if alone else words.pop(0)
+        if not equals and is_switch:
+            has_value = words and words[0].lower() in BOOLEANS
+            text = words.pop(0) if has_value else "true"
+        elif not equals:
+            require(words and not words[0].startswith("--"), f"{word} needs a value: {word}=VALUE")
+            text = words.pop(0)
 
         with explained(f"--{name}={text} must be like --{name}={default}", KeyError, ValueError):
             flags[name] = BOOLEANS[text.lower()] if is_switch else type(default)(text)
@@ -575,9 +590,11 @@ def prefix_ids(tokenizer):
 
 def process_rank():
     """(rank, number of processes), as torchrun sets them. A stray variable alone is ignored."""
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+    values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not all(value.isdigit() for value in values) or "MASTER_ADDR" not in os.environ:
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = map(int, values[:2])
+    return (rank, world) if world > 1 else (0, 1)
 
 
 def fail(message):

@@ -148,7 +148,9 @@ def writer(llama, tokenizer, gradio):
     """What the page calls to write on from a prompt: yields (text, status) as it grows."""
     def write(text, chosen_seed, *chosen):
         values = prepare.settings_of(globals()) | dict(zip(SLIDERS, chosen)) | {"num_samples": 1}
-        values["seed"] = random.randrange(10 ** 6) if chosen_seed == -1 else int(chosen_seed)
+        values["seed"] = random.randrange(10 ** 6)
+        if chosen_seed not in (None, -1):  # an empty box, or any seed
+            values["seed"] = int(chosen_seed)
         try:
             check_settings(values)
             ids = prompt_ids(tokenizer, text, llama)

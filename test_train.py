@@ -354,6 +354,9 @@ def test_names_folders_globs_and_another_field(tmp_path, monkeypatch, capsys):
         output = capsys.readouterr().out
         assert ("6 files, 3 skipped: not text" in output) == (names == "~")
         assert "5.txt" in output  # which is validation
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/all").symlink_to(home)
+    assert texts_of(make(tmp_path, None, input=f"{tmp_path}/links")) == STORIES[:6]
     (tmp_path / "c.jsonl").write_bytes(lines("body"))
     assert texts_of(make(tmp_path, None, input=f"{tmp_path}/c.jsonl", text_field="body")) == STORIES
 
@@ -829,10 +832,12 @@ def test_how_the_work_is_split_changes_nothing(toy, call, tmp_path, spy):
     assert len(column(tmp_path / "d", "iter")) == 61
 
 
-def test_a_stop_ends_an_evaluation(work, monkeypatch):
+def test_a_stop_ends_an_evaluation_and_is_told(work, monkeypatch, capsys):
     monkeypatch.setattr(train, "stop_signals", [0.0])
     machine = SimpleNamespace(world=1, hide_bar=True)
     assert train.evaluate(new_model(), prepare.Data(work / "data"), machine) is None
+    train.say_goodbye(train.Run(3, rows={3: {"iter": 3, "val_loss": 1.0}}))  # it came in the last batch
+    assert "stopped at 3 of 500, saved" in capsys.readouterr().out
 
 
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch.compile knows no pretended CPU")
@@ -899,6 +904,7 @@ def test_overrides(toy, call, tmp_path, work):
     (tmp_path / "few.py").write_text('"""note"""\nn_layer = 3  # few\nmin_lr = 1e-3\ncompile = "false"\n')
     check(f"{tmp_path}/few.py --size=135m --n_head=3", n_layer=3, n_head=3, n_embd=576, min_lr=0.001,
           compile="false")
+    check(f"--deterministic {tmp_path}/few.py", deterministic=True, n_layer=3)
     (tmp_path / "bad.py").write_text("import os\nn_layer = os.getpid()\n")
     assert "bad.py" in refusal(call, "train.py", "bad.py")
     assert "did you mean --learning_rate?" in refusal(call, "train.py", "--learning_rte=1")
@@ -916,7 +922,7 @@ def test_overrides(toy, call, tmp_path, work):
 
 @pytest.mark.parametrize("variables", [
     "RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2", "WORLD_SIZE=", "RANK=1 WORLD_SIZE=1",
-    "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1"])
+    "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1", "RANK=1 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=a"])
 def test_stray_launcher_variables_mean_nothing(toy, call, tmp_path, monkeypatch, variables):
     for variable in variables.split():
         monkeypatch.setenv(*variable.split("="))
@@ -1013,6 +1019,8 @@ def test_what_is_not_finite_is_skipped_and_never_saved(toy, call, tmp_path, spy)
     assert newest(tmp_path / "new").name == "step-0000008"
     assert all(p.isfinite().all() for p in train.load_model(newest(tmp_path / "new")).parameters())
     bad = ()
+    args = (*toy, "--eval_interval=1", "--learning_rate=1e15", "--warmup_iters=0", "--out_dir=wild")
+    assert "5 iterations: lower --learning_rate" in refusal(call, *args)  # of weights that are finite still
     assert "not finite" in refusal(call, *toy, "--eval_interval=1", "--learning_rate=1e39", "--out_dir=inf")
     assert not train.checkpoints(tmp_path / "inf")
 
@@ -1159,9 +1167,9 @@ def test_bad_input_of_training_is_explained(work, tmp_path, call, case):
 BAD_FLAGS = {
     "train.py": "size size=7b max_iters=1.5 max_iters=many max_iters=-5 max_iters=0 max_iters dropout=x "
                 "dropout=1 dropout=nan batch_size=-1 batch_size=0 out_dir n_head=-2 n_head=3 n_kv_head=3 "
-                "n_embd=36 vocab_size=100 seed=-1 min_lr=9 min_lr=-0.5 warmup_iters=13 optimizer=sgd "
-                "eval_only=maybe compile=maybe dtype=int8 device=cuda:99 device=abacus block_size=20000 "
-                "learning_rte=1 beta2=1.5 init_from=resume",
+                "n_embd=36 vocab_size=100 seed=-1 seed=99999999999999999999 out_dir= min_lr=9 min_lr=-0.5 "
+                "warmup_iters=13 optimizer=sgd eval_only=maybe compile=maybe dtype=int8 device=cuda:99 "
+                "device=abacus block_size=20000 learning_rte=1 beta2=1.5 init_from=resume",
     "prepare.py": "inptu=a vocab_size=256 vocab_size=65537 val_fraction=0 val_fraction=1 val_fraction=nan "
                   "val_fraction=-1 val_fraction=x val_fraction= data_dir= text_field= input=",
     "sample.py": "temperature=-1 temperature=nan top_p=0 top_p=1.5 min_p=2 top_k=-1 num_samples=0 seed=-1 "

@@ -135,6 +135,8 @@ def check_settings():
                  "batch_size gradient_accumulation_steps max_iters eval_interval "
                  "log_interval").split():
         require(globals()[name] >= 1, f"--{name}={globals()[name]} must be 1 or more")
+    require(out_dir, "--out_dir= is empty: name a folder, as in --out_dir=out")
+    require(seed < 2 ** 63, f"--seed={seed} must be below 2 ** 63")
     for name in ("dropout", "beta1", "beta2"):
         require(globals()[name] < 1, f"--{name}={globals()[name]} must be below 1")
     require(n_head % n_kv_head == 0, f"--n_head={n_head} must be a multiple of {n_kv_head=}")
@@ -216,7 +218,7 @@ LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32 (GPUs: four times that), not giga
 
 
 class SlicedLoss(torch.autograd.Function):
-    """The same, by slices; forward also takes the gradients (Liger Kernel, arXiv:2410.10989)."""
+    """slice_loss by slices; forward takes the gradients, too (Liger Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_of_slice):
@@ -383,7 +385,8 @@ def make_optimizers(model):
     if optimizer == "adamw":
         return [adamw]
     groups = [{"params": stack, "scale": MUON_SCALE} for stack in stacks.values()]
-    return [adamw, Muon(groups, {"lr": 0.0, "weight_decay": weight_decay})]
+    defaults = {"lr": 0.0, "weight_decay": weight_decay}  # update() sets the rate
+    return [adamw, Muon(groups, defaults)]
 
 
 def learning_rate_at(iteration):
@@ -817,8 +820,10 @@ def draw_curve(run, data):
     figure.savefig(f"{out_dir}/loss.png", dpi=120)
 
 
-def show_sample(model, data, iteration):
+def show_sample(model, data, run):
     """Print a text that the model writes, of at most 100 tokens."""
+    if run.val_loss is None:
+        return  # it is not finite: there are no probabilities to draw from
     start = torch.tensor([data.start], device=model.head().device)
     generator = torch.Generator(start.device).manual_seed(seed)
     temperature = 0.8
@@ -831,7 +836,7 @@ def show_sample(model, data, iteration):
     if data.eot in ids:
         ids = ids[:ids.index(data.eot)]
     text = prepare.printable(data.tokenizer.decode(ids)).strip()
-    rule = f"--- iteration {iteration:,}, temperature {temperature} ".ljust(60, "-")
+    rule = f"--- iteration {run.iteration:,}, temperature {temperature} ".ljust(60, "-")
     say(rule + f"\n{text}\n" + 60 * "-")
 
 
@@ -947,12 +952,13 @@ def log_iteration(run, bar, began, loss, norm, rate, machine):
 
 def say_goodbye(run):
     """Print how the run ended, and what to do next."""
-    if "val_loss" not in run.rows.get(run.iteration, {}):
+    if run.iteration < max_iters or "val_loss" not in run.rows.get(run.iteration, {}):
         again = "--init_from=resume" if init_from == "scratch" else "the same command"
         kept = f"saved; {again} goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
-    best = read_json(find_model(out_dir) / "run.json")
-    say(f"best: validation loss {best['val_loss']:.4f}, at iteration {best['iteration']:,}\n"
+    saved = [row for row in run.rows.values() if "val_loss" in row and row["iter"] > 0]
+    best = min(saved, key=lambda row: np.nan_to_num(row["val_loss"], nan=math.inf))
+    say(f"best: validation loss {best['val_loss']:.4f}, at iteration {best['iter']:,}\n"
         f"sample it: python sample.py --model={out_dir}\n"
         f"in a browser: python sample.py --model={out_dir} --web=true")
 
@@ -1001,7 +1007,7 @@ def main():
             save_checkpoint(model, data, run, optimizers, machine)
         if machine.rank == 0 and scores:
             draw_curve(run, data)
-            show_sample(model, data, run.iteration)
+            show_sample(model, data, run)
         if stopping or run.iteration >= max_iters:
             break
 
