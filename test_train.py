@@ -56,12 +56,14 @@ if __name__ == "test_train":  # a thread for each process: for a toy, more are s
 
 
 # --------------------------------------------------------------------------------- running the scripts
+def default_signals(handle=signal.signal):  # the true one: `call` replaces it in this process
+    """What a child process begins with: one in the background ignores Ctrl-C, under nohup SIGHUP."""
+    handle(signal.SIGINT, signal.default_int_handler)
+    handle(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(script, *args, cwd, processes=0, **kwargs):
     """Start a script of this folder as a process of its own, or as several under torchrun."""
-    def default_signals():  # in the background Ctrl-C would be ignored, and under nohup SIGHUP
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
     torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
     command = [sys.executable, *(torchrun if processes else []), ROOT / script, *map(str, args)]
     usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": default_signals}
