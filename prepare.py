@@ -65,7 +65,7 @@ WARNED = set()  # what `tolerated` has warned of
 
 
 # --------------------------------------------------------------------------------- names → files
-def find_files(names, data_dir, work):
+def find_files(names, text_field, data_dir, work):
     """The paths that --input means, in order. Downloads go to the folder `work`."""
     is_one_name = os.path.exists(os.path.expanduser(names))  # which may have commas in it
     files = []
@@ -78,25 +78,29 @@ def find_files(names, data_dir, work):
         elif name:
             require(Path(name).resolve() not in (data_dir, *data_dir.parents),
                     f"--data_dir={data_dir} is inside --input={name}: choose another folder")
-            files += files_of(name)
+            files += files_of(name, text_field)
     require(files, "--input names no file: give one, as in --input=input.txt")
     return files
 
 
-def files_of(name):
+def files_of(name, text_field):
     """The text files that are in a folder and its subfolders, or that a glob names."""
     if os.path.isdir(name):
         found = walk(name)
     else:
         root = Path(name).anchor or "."
-        found = Path(root).glob(os.path.relpath(name, root))
+        is_hidden = re.compile(r"(^|/)\.[^./]").search
+        with explained(f"cannot use --input={name}", ValueError):
+            found = list(Path(root).glob(os.path.relpath(name, root)))
+        if not is_hidden(name):
+            found = [path for path in found if not is_hidden(path.as_posix())]
 
     # each file once: of a file and the links to it, the first
     found = sorted(filter(Path.is_file, found), reverse=True)
     found = sorted({os.path.realpath(path): str(path) for path in found}.values())
-    files = list(filter(is_text, found))
+    files = [path for path in found if has_text(path, text_field)]
     skipped = len(found) - len(files)
-    require(files, f"{name}: no text files found, {skipped:,} others skipped")
+    require(files, f"{name}: no text files found, {skipped:,} others skipped, see --text_field")
     print(f"{name}: {len(files):,} files, {skipped:,} skipped: not text")
     return files
 
@@ -113,14 +117,14 @@ def walk(folder):
         yield from (Path(where, name) for name in names if name[0] != ".")
 
 
-def is_text(path):
-    """Whether a file of a folder can be read: text, parquet, or a list in JSON, but no table."""
-    with explained(f"cannot read {path}", Exception), open_file(path) as file:
-        start = file.read(BLOCK)
-    kind = kind_of(path)
-    if kind == ".json":
-        return start[:1] == b"["
-    return kind == ".parquet" or (kind not in TABLES and b"\0" not in start)
+def has_text(path, text_field):
+    """Whether a file of a folder can be read, as far as its beginning shows."""
+    with explained(f"cannot read {path}", Exception):
+        try:
+            next(read(path, text_field), None)
+        except SystemExit:  # refused by `read`
+            return False
+    return True
 
 
 def download(url, work):
@@ -154,7 +158,7 @@ def read(path, text_field):
     kind = kind_of(path)
     require(kind not in TABLES, f"{path}: {kind} is not read: make it .jsonl, see --text_field")
     with open_file(path) as file:
-        first = file.peek(1)[:1]
+        first = file.peek(1).lstrip(codecs.BOM_UTF8 + SPACES)[:1]
         is_pipe = kind == "" and not os.path.isfile(path)  # no name says what is in it
         if kind == ".parquet":
             from pyarrow.parquet import ParquetFile
@@ -165,7 +169,7 @@ def read(path, text_field):
             yield from read_rows(path, json.load(file), text_field)
         elif kind in (".jsonl", ".ndjson", ".json") or (is_pipe and first == b"{"):
             yield from read_rows(path, file, text_field)
-        elif first:
+        elif file.peek(1):
             yield from read_plain(path, file)
             yield END
 
@@ -378,7 +382,7 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
             if tokenizer != "bpe":
                 coder = load_tokenizer(tokenizer)
                 vocabulary_of(coder)  # fail now rather than after an hour
-            starts = spool(find_files(input, folder, work), text_field, file)
+            starts = spool(find_files(input, text_field, folder, work), text_field, file)
             size = file.tell()
             split = find_split(file, size, val_fraction)
             place = [path for start, path in starts if start <= split][-1]
@@ -432,6 +436,7 @@ def write_folder(folder, file, ranges, tokenizer):
 def check_folder(folder):
     """Refuse a data_dir with other files in it: the whole folder will be replaced."""
     require(not folder.is_file(), f"--data_dir={folder} is not a folder")
+    require(not folder.is_mount(), f"--data_dir={folder} is mounted: choose a folder inside it")
     other = set()
     with contextlib.suppress(FileNotFoundError):
         other = set(os.listdir(folder)) - {"train.bin", "val.bin", "tokenizer.json", "meta.json"}

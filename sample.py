@@ -6,6 +6,7 @@ $ python sample.py --prompt="Old Cenzo:" --num_samples=3     # or --prompt=FILE:
 $ python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt="Gravity is" --temperature=0
 $ python sample.py --web=true                                # a page, at http://127.0.0.1:7860
 """
+import functools
 import math
 import os
 import random
@@ -22,7 +23,7 @@ if __name__ == "__main__":  # no stack trace on Ctrl-C, from here on
 import torch
 from tokenizers import decoders
 
-from train import choose_device, compiles, find_model, has_bfloat16, load_model
+from train import best_dtype, choose_device, compiles, find_model, load_model
 
 # -------------------------------------------------------------------------------------- settings
 model = "out"             # an out folder (its best checkpoint), a model folder or a hub id
@@ -42,16 +43,16 @@ web = False               # serve a web page instead (pip install gradio)
 port = 7860               # of the page, on 127.0.0.1
 
 
-def check_settings(values):
+def check_settings():
     """Refuse invalid settings."""
     ranges = {"num_samples": (1, math.inf), "max_new_tokens": (1, math.inf), "top_p": (1e-6, 1),
               "min_p": (0, 1), "repetition_penalty": (1e-6, math.inf), "seed": (0, 2 ** 63 - 1),
               "port": (1, 65535)}
     for name, (least, most) in ranges.items():
-        good = least <= values[name] <= most
-        require(good, f"--{name}={values[name]} must be from {least} to {most}")
-    require(values["dtype"] in ("auto", "float32", "bfloat16", "float16"),
-            f"--dtype={values['dtype']} must be auto, float32, bfloat16 or float16")
+        value = globals()[name]
+        require(least <= value <= most, f"--{name}={value} must be from {least} to {most}")
+    require(dtype in ("auto", "float32", "bfloat16", "float16"),
+            f"--dtype={dtype} must be auto, float32, bfloat16 or float16")
 
 
 # ----------------------------------------------------------------------------- choosing the tokens
@@ -100,10 +101,7 @@ def prompt_ids(tokenizer, text, llama):
 
 
 def stream(llama, tokenizer, ids, values):
-    """
-    Generate num_samples texts after the token ids. Each step yields a list with the new characters
-    of each text, "" once it has ended.
-    """
+    """Write num_samples texts after ids: yield the new characters of each, "" once it has ended."""
     count = values["num_samples"]
     texts = [decoders.DecodeStream(ids, skip_special_tokens=True) for _ in range(count)]
     going = set(range(count))
@@ -133,7 +131,7 @@ SLIDERS = {  # (label, what it does, lowest, highest, step)
 
 
 def first_words(folder):
-    """The first words of three documents of the text that a checkpoint was trained on."""
+    """The first words of three documents that a checkpoint was trained on."""
     try:
         data = prepare.Data(prepare.read_json(folder / "run.json")["settings"]["data_dir"])
     except SystemExit:  # there is no such folder, or no longer
@@ -144,25 +142,21 @@ def first_words(folder):
     return [" ".join(document.split()[:4]) for document in documents if document.strip()][:3]
 
 
-def writer(llama, tokenizer, gradio):
-    """What the page calls to write on from a prompt: yields (text, status) as it grows."""
-    def write(text, chosen_seed, *chosen):
-        values = prepare.settings_of(globals()) | dict(zip(SLIDERS, chosen)) | {"num_samples": 1}
-        values["seed"] = random.randrange(10 ** 6)
-        if chosen_seed not in (None, -1):  # an empty box, or any seed
-            values["seed"] = int(chosen_seed)
-        try:
-            check_settings(values)
-            ids = prompt_ids(tokenizer, text, llama)
-        except SystemExit as error:  # of `require`: shown on the page
-            raise gradio.Error(str(error).removeprefix("error: "), print_exception=False)
-        began = time.perf_counter()
-        for count, (new,) in enumerate(stream(llama, tokenizer, ids, values), 1):
-            text += new
-            speed = count / max(time.perf_counter() - began, 1e-9)
-            yield text, f"{count} tokens, {speed:.1f} tokens/s, seed {values['seed']}"
-
-    return write
+def write(llama, tokenizer, text, seed, *chosen):
+    """Write on from a text, with a seed and the sliders' values: yield (text, status) as it grows."""
+    import gradio
+    if seed in (None, -1):
+        seed = random.randrange(10 ** 6)
+    values = dict(zip(SLIDERS, chosen)) | {"seed": seed, "num_samples": 1}
+    try:
+        ids = prompt_ids(tokenizer, text, llama)
+    except SystemExit as error:  # of `require`: shown on the page
+        raise gradio.Error(str(error).removeprefix("error: "), print_exception=False)
+    began = time.perf_counter()
+    for count, (new,) in enumerate(stream(llama, tokenizer, ids, values), 1):
+        text += new
+        speed = count / max(time.perf_counter() - began, 1e-9)
+        yield text, f"{count} tokens, {speed:.1f} tokens/s, seed {seed}"
 
 
 def serve(llama, tokenizer, folder, facts, text):
@@ -183,40 +177,39 @@ def serve(llama, tokenizer, folder, facts, text):
             if beginnings := first_words(folder):
                 gradio.Examples(beginnings, prompt_box, label="Beginnings from the training text")
             with gradio.Accordion("Sampling", open=False):
-                seed_box = gradio.Number(-1, label="Seed", info="-1: another one each time.")
-                sliders = [
-                    gradio.Slider(low, high, globals()[name], step=step, label=label, info=info)
-                    for name, (label, info, low, high, step) in SLIDERS.items()]
+                seed_box = gradio.Number(-1, label="Seed", info="-1: another one each time.",
+                                         precision=0, minimum=-1, maximum=2 ** 31)
+                sliders = []
+                for name, (label, info, low, high, step) in SLIDERS.items():
+                    value = globals()[name]
+                    sliders.append(gradio.Slider(min(low, value), max(high, value), value,
+                                                 step=step, label=label, info=info))
         if (curve := folder.resolve().parent / "loss.png").exists():
             with gradio.Tab("Training curve"):
                 gradio.Image(str(curve), show_label=False, buttons=[])
-        running = gradio.on([start.click, prompt_box.submit], writer(llama, tokenizer, gradio),
-                            [prompt_box, seed_box, *sliders], [text_box, status],
-                            concurrency_limit=4, show_progress="hidden")
+        running = gradio.on(
+            [start.click, prompt_box.submit], functools.partial(write, llama, tokenizer),
+            [prompt_box, seed_box, *sliders], [text_box, status], api_name="write",
+            concurrency_limit=4, show_progress="hidden")
         stop.click(None, cancels=[running])
     print(f"http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it", file=sys.stderr)
     with explained(f"cannot serve at --port={port}: choose another", OSError):
-        page.launch(server_name="127.0.0.1", server_port=port, quiet=True, ssr_mode=False,
-                    footer_links=[])
+        page.launch(server_name="127.0.0.1", server_port=port, quiet=True, footer_links=[])
 
 
 # ------------------------------------------------------------------------------------------ main
 def load():
     """The model that the settings ask for, its folder, and a line of facts."""
-    require(model != "out" or Path("out").exists(),
-            "there is no model in out yet: run python train.py first")
     folder = find_model(model)
     target = choose_device(device)
     precision = dtype
-    reading = target.type == "cpu" and (num_samples == 1 or web)  # of weights takes most time
-    if dtype == "auto" and (reading or has_bfloat16(target)):
-        precision = "bfloat16"
-    elif dtype == "auto":
-        precision = "float16" if target.type == "cuda" else "float32"
+    if dtype == "auto":
+        precision = best_dtype(target)
+        if target.type == "cpu" and (num_samples == 1 or web):  # reading the weights takes longest
+            precision = "bfloat16"
     llama = load_model(folder).eval().to(target, getattr(torch, precision))
     if compile and compiles(target):
-        mode = "reduce-overhead" if target.type == "cuda" else None
-        llama.decode = torch.compile(llama.decode, mode=mode)
+        llama.decode = torch.compile(llama.decode, mode="reduce-overhead")
     parameters = sum(p.numel() for p in llama.parameters())
     return llama, folder, f"{folder}: {parameters:,} parameters, {target}, {precision}"
 
@@ -224,8 +217,7 @@ def load():
 def main():
     prepare.steady_output()
     prepare.configure(globals(), sys.argv[1:])
-    values = prepare.settings_of(globals())
-    check_settings(values)
+    check_settings()
     llama, folder, facts = load()
     tokenizer = prepare.load_tokenizer(folder)
     text = prompt
@@ -244,7 +236,7 @@ def main():
     steps = []
     began = time.perf_counter()
     try:
-        for pieces in stream(llama, tokenizer, ids, values):
+        for pieces in stream(llama, tokenizer, ids, prepare.settings_of(globals())):
             print(show(pieces[0]), end="", flush=True)
             steps.append(pieces)
             if sys.stdout.broken:  # the reader has gone

@@ -424,8 +424,9 @@ def find_model(name):
     """The model folder of a name: the best in an out folder, the folder itself, or the hub's."""
     if checkpoints(name):
         return min(reversed(checkpoints(name)), key=saved_loss)  # on a tie, the newest
-    if Path(name).is_dir():
-        require(Path(name, "config.json").exists(), f"{name} holds no model: train one first")
+    if Path(name).is_dir() or "/" not in str(name):  # as in each name of the hub
+        is_model = Path(name, "config.json").exists()
+        require(is_model, f"there is no model in {name}: run python train.py first")
         return Path(name)
     from huggingface_hub import snapshot_download
     with explained(f"{name} is neither a folder here nor a model on the hub", Exception):
@@ -561,11 +562,12 @@ def choose_device(name):
         return torch.zeros(1, device=name).device
 
 
-def has_bfloat16(device):
-    """Whether the device has fast matrix products of bfloat16."""
+def best_dtype(device):
+    """The 16-bit type of which the device has fast matrix products, else float32."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if is_fast else "float32"
 
 
 def set_up_machine():
@@ -597,10 +599,8 @@ def set_up_machine():
 
     wide = cuda or n_embd >= 512  # on CPUs bfloat16 and compiling help wide models alone
     precision = dtype
-    if dtype == "auto" and wide and has_bfloat16(where):
-        precision = "bfloat16"
-    elif dtype == "auto":
-        precision = "float16" if cuda else "float32"
+    if dtype == "auto":
+        precision = best_dtype(where) if wide else "float32"
     autocast = torch.autocast(where.type, getattr(torch, precision), enabled=precision != "float32")
     scaler = torch.amp.GradScaler(where.type, 4096.0, enabled=precision == "float16")
     return SimpleNamespace(
@@ -774,7 +774,8 @@ def write_log(run):
         writer.writerows(rows)
     if wandb_log:
         import wandb
-        wandb.log(rows[-1], step=rows[-1]["iter"])
+        with tolerated("logging to wandb", Exception):
+            wandb.log(rows[-1], step=rows[-1]["iter"])
 
 
 def start_wandb(run):
