@@ -69,8 +69,8 @@ def find_files(names, text_field, data_dir, work):
     """The paths that --input means, in order. Downloads go to the folder `work`."""
     is_one_name = os.path.exists(os.path.expanduser(names))  # which may have commas in it
     files = []
-    for name in [names] if is_one_name else names.split(","):
-        name = os.path.expanduser(name.strip())
+    for name in [names] if is_one_name else map(str.strip, names.split(",")):
+        name = os.path.expanduser(name)
         if "://" in name:
             files.append(download(name, work))
         elif name == "-" or (os.path.exists(name) and not os.path.isdir(name)):
@@ -238,7 +238,7 @@ def find_split(file, size, val_fraction):
     """The byte of the spool at which validation begins: the best boundary near the place wanted."""
     wanted = min(val_fraction * size, VAL_LIMIT)
     target = round(size - wanted)
-    reach = max(len(END), int(min(size, 10 * wanted) / 100))  # at most one percent
+    reach = max(2 * len(END), int(min(size, 10 * wanted) / 100))  # at most one percent
     low = max(1, target - reach, size - VAL_LIMIT - len(END))
     high = max(0, min(size - len(END) - 1, target + reach))
 
@@ -326,8 +326,9 @@ def pieces(documents, tokenizer):
 
 def is_safe(before, after, tokenizer):
     """Whether a cut between two texts changes no token of them."""
-    if before[:1] == before[1:2] or after[-2:-1] == after[-1:]:
-        return False  # the tokens of a run of one character can depend on its whole length
+    for n in range(1, 9):  # the tokens of a word repeated on and on can depend on how often it is
+        if before[:n] == before[n:2 * n] or after[-2 * n:-n] == after[-n:]:
+            return False
     if isinstance(tokenizer.model, models.Unigram) and tokenizer.pre_tokenizer is None:
         return False  # which tokens are likeliest can depend on all of the text
     # The tokens before the cut must not depend on how much follows, nor those after it on how much
@@ -372,7 +373,8 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
             data_dir=data_dir, text_field=text_field):
     """Prepare a text into data_dir, all or nothing, and print what is in it."""
     # ended like this, the temporary folder goes, too
-    on_signal(lambda *_: fail("stopped: run the same command again"), "SIGINT", "SIGTERM")
+    on_signal(lambda *_: fail("stopped: run the same command again"),
+              "SIGINT", "SIGTERM", "SIGHUP")
     folder = Path(data_dir).resolve()
     with explained(f"cannot make {data_dir}", OSError):
         check_folder(folder)
@@ -541,8 +543,11 @@ def configure(config, argv, presets=lambda flags: {}):
         elif not equals:
             require(words and not words[0].startswith("--"), f"{word} needs a value: {word}=VALUE")
             text = words.pop(0)
+        if text.startswith("~/"):  # after a = the shell leaves it
+            text = os.path.expanduser(text)
 
         with explained(f"--{name}={text} must be like --{name}={default}", KeyError, ValueError):
+            text.encode()  # fails on bytes that are not UTF-8
             flags[name] = BOOLEANS[text.lower()] if is_switch else type(default)(text)
         if not isinstance(default, str):
             # -1, for a value to be worked out, is allowed only where it is the default

@@ -64,7 +64,7 @@ def chooser(values, device):
     def choose(logits, tokens):
         used = logits.gather(1, tokens)
         logits = logits.scatter(1, tokens, torch.where(used < 0, used * penalty, used / penalty))
-        if values["temperature"] == 0:
+        if values["temperature"] < 1e-6:  # or 0
             return logits.argmax(1, keepdim=True)
         logits = (logits - logits.amax(1, keepdim=True)) / values["temperature"]
         probs = filtered(logits, values["top_k"], values["top_p"], values["min_p"])

@@ -223,9 +223,9 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch, model, normalizer, spl
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
     tokenizer.train_from_iterator(
-        [PROSE, *STORIES, "ab ba  aab\n\n\tabba e\u0301é " * 50, "ACGTTAGACA ACGATTAG" * 90], trainer)
+        [PROSE, *STORIES, "ab ba  aab\n\n\tabba e\u0301é coco " * 50, "ACGTTAGACA ACGATTAG" * 90], trainer)
     rng = random.Random(0)
-    runs = "9" * 711 + "字" * 99 + "b" * 831 + "\n" * 213 + "字" * 369  # Unigram looks at a run as a whole
+    hard = [("9" * 711 + "字" * 99 + "b" * 831 + "\n" * 213 + "字" * 369, 50), ("x" + "co" * 1501, 400)]
     cuts = 0
     for number in range(60):
         letters = "".join(map(chr, rng.choices(range(0xd800), k=20)))
@@ -235,9 +235,10 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch, model, normalizer, spl
         part = rng.randint(1, 3000)
         parts = [(text[i:i + part], False) for i in range(0, len(text), part)] + [("", True)]
         monkeypatch.setattr(prepare, "PIECE", rng.choice([5, 50, 400]))
-        if number == 0:
-            monkeypatch.setattr(prepare, "PIECE", 50)
-            parts, text = [(runs, True)], runs
+        if number < len(hard):
+            text, piece = hard[number]
+            monkeypatch.setattr(prepare, "PIECE", piece)
+            parts = [(text, True)]
         ids, seen = [], ""
         for context, string, ends in prepare.pieces(parts, tokenizer):
             known, whole = prepare.encode(tokenizer, [context, context + string])
@@ -245,7 +246,7 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch, model, normalizer, spl
             seen += string
             cuts += not ends
         assert seen == text and ids == tokenizer.encode(text, add_special_tokens=False).ids
-    assert cuts > 100  # otherwise nothing was tested
+    assert cuts > 50  # otherwise nothing was tested
 
 
 UNITS = ["no line ends here ", "字", "ACGTTAGACATGCA", "  \t", "9", "- item {}\n",
@@ -274,6 +275,7 @@ def test_the_split_prefers_documents_then_blank_lines_and_is_capped(tmp_path, mo
         assert tok.decode(train[1:]).endswith(before)
     monkeypatch.setattr(prepare, "VAL_LIMIT", 1000)
     assert abs(prepared(make(tmp_path, text, val_fraction=0.5))[0]["val_bytes"] - 1000) < 100
+    assert prepared(make(tmp_path, text, val_fraction=1e-9))[0]["val_bytes"] < 30
     for text in "ab", "é字", "a" * 30, "a\n", "字<|endoftext|>字<|endoftext|>":
         _, (train, val), _ = prepared(make(tmp_path, text, val_fraction=0.3))
         assert len(train) > 1 and len(val) > 1
@@ -319,7 +321,7 @@ def lines(field="text", end="\n"):
 
 FILES = {
     "a.txt": "<|endoftext|>\n".join(STORIES).encode(),
-    "b, with: comma": b"\xef\xbb\xbf" + "<|endoftext|>".join(STORIES).replace("\n", "\r\n").encode(),
+    " b, with: comma": b"\xef\xbb\xbf" + "<|endoftext|>".join(STORIES).replace("\n", "\r\n").encode(),
     "c.JSONL": lines(),
     "d.ndjson": lines(end="\r\n\n") + b"\n \n",
     "e.json": json.dumps([{"text": story} for story in STORIES], indent=1).encode(),
@@ -463,7 +465,7 @@ def test_bad_input_of_preparation_is_one_line_and_changes_nothing(call, tmp_path
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 @pytest.mark.parametrize("command, stage", [
     ("prepare.py --input=pipe", "reading"), ("prepare.py --vocab_size=260", "making"),
     ("prepare.py --vocab_size=260", "tokenizing"), ("train.py --device=cpu", "tokenizing")])
@@ -911,6 +913,8 @@ def test_overrides(toy, call, tmp_path, work):
 
     check("--learning_rate=1 --eval_only --wandb_log 0 --out_dir=a=b --max_iters 7 --deterministic TRUE",
           learning_rate=1.0, eval_only=True, wandb_log=False, out_dir="a=b", max_iters=7, deterministic=True)
+    check("--data_dir=~/a", data_dir=f"{Path.home()}/a")
+    assert "--out_dir" in refusal(call, "train.py", "--out_dir=\udce9")  # a byte that is not UTF-8
     (tmp_path / "few.py").write_text('"""note"""\nn_layer = 3  # few\nmin_lr = 1e-3\ncompile = "false"\n')
     check(f"{tmp_path}/few.py --size=135m --n_head=3", n_layer=3, n_head=3, n_embd=576, min_lr=0.001,
           compile="false")
@@ -947,6 +951,10 @@ def test_an_error_on_any_rank_is_one_line_with_its_rank(toy, tmp_path):
         error = run(*toy, *flags.split(), cwd=tmp_path, processes=2, status=1).stderr
         found = re.findall("(?m)^error on rank [01]: .*", error)
         assert found and all(wrong in line for line in found)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out/.unfinished").touch()  # now rank 0 cannot save
+    error = run(*toy, cwd=tmp_path, processes=2, status=1).stderr
+    assert "error on rank 0: cannot save" in error and "[rank1]" not in error
 
 
 def test_what_the_platform_cannot_do_ends_no_run(toy, call, work, tmp_path, monkeypatch):
@@ -1224,7 +1232,9 @@ def test_greedy_equals_transformers(work, penalty):
     theirs = AutoModelForCausalLM.from_pretrained(folder).generate(
         tokens, max_new_tokens=20, do_sample=False, eos_token_id=None, repetition_penalty=penalty)
     llama = train.load_model(folder).eval()
-    assert torch.equal(picked(llama, tokens, repetition_penalty=penalty), theirs[:, 10:])
+    for temperature in 0.0, 1e-46:
+        ours = picked(llama, tokens, repetition_penalty=penalty, temperature=temperature)
+        assert torch.equal(ours, theirs[:, 10:])
 
 
 def test_past_the_context_its_last_half_is_kept():

@@ -416,7 +416,7 @@ def checkpoints(folder):
 def saved_loss(checkpoint):
     """The validation loss of a checkpoint; inf if it is not known."""
     file = checkpoint / "run.json"
-    loss = read_json(file)["val_loss"] if file.exists() else None
+    loss = read_json(file).get("val_loss") if file.exists() else None
     return math.inf if loss is None else loss
 
 
@@ -635,8 +635,14 @@ def total(number, machine):
     if machine.world == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64, device=machine.device)
-    dist.all_reduce(tensor)
+    add_up(tensor)
     return tensor.item()
+
+
+def add_up(tensor):
+    """Sum a tensor over all processes, in place."""
+    with explained("another process has failed", RuntimeError):
+        dist.all_reduce(tensor)
 
 
 # -------------------------------------------------------------------------- starting or resuming
@@ -925,7 +931,7 @@ def update(model, optimizers, batch, rate, machine, dropout_seed):
 
     if machine.world > 1:
         for p in model.parameters():
-            dist.all_reduce(p.grad)
+            add_up(p.grad)
     for opt in optimizers:
         machine.scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
