@@ -98,10 +98,11 @@ def files_of(name, text_field):
     # each file once: of a file and the links to it, the first
     found = sorted(filter(Path.is_file, found), reverse=True)
     found = sorted({os.path.realpath(path): str(path) for path in found}.values())
+    require(found, f"--input={name} names no file")
     files = [path for path in found if has_text(path, text_field)]
-    skipped = len(found) - len(files)
-    require(files, f"{name}: no text files found, {skipped:,} others skipped, see --text_field")
-    print(f"{name}: {len(files):,} files, {skipped:,} skipped: not text")
+    others = sorted(set(found) - set(files))
+    print(f"{name}: {len(files):,} files, {len(others):,} skipped: not text", *others[:3])
+    require(files, f"{name}: no text files found, see --text_field")
     return files
 
 
@@ -122,7 +123,7 @@ def has_text(path, text_field):
     with explained(f"cannot read {path}", Exception):
         try:
             next(read(path, text_field), None)
-        except SystemExit:  # refused by `read`
+        except Refusal:
             return False
     return True
 
@@ -373,7 +374,7 @@ def prepare(input=input, tokenizer=tokenizer, vocab_size=vocab_size, val_fractio
             data_dir=data_dir, text_field=text_field):
     """Prepare a text into data_dir, all or nothing, and print what is in it."""
     # ended like this, the temporary folder goes, too
-    on_signal(lambda *_: fail("stopped: run the same command again"),
+    on_signal(lambda *_: sys.exit("error: stopped: run the same command again"),
               "SIGINT", "SIGTERM", "SIGHUP")
     folder = Path(data_dir).resolve()
     with explained(f"cannot make {data_dir}", OSError):
@@ -574,13 +575,23 @@ def flags_in_file(path):
                 for line in lines for name in line.targets]
 
 
+def from_hub(name, *patterns):
+    """A folder with those files of a model on the Hugging Face hub."""
+    from huggingface_hub import snapshot_download
+    with explained(f"{name} is neither a folder here nor a model on the hub", Exception):
+        return Path(snapshot_download(name, allow_patterns=patterns))
+
+
 def load_tokenizer(name):
     """The tokenizers.Tokenizer of a tokenizer.json, of a folder that holds one, or of a hub id."""
-    path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else str(name)
+    path = Path(name)
+    if not path.exists() and path.suffix != ".json":
+        path = from_hub(name, "tokenizer.json")
+    if path.is_dir():
+        path = path / "tokenizer.json"
     # the tokenizers library raises plain Exception, so nothing finer can be named
     with explained(f"cannot load the tokenizer {name}", Exception):
-        is_file = os.path.exists(path) or path.endswith(".json")
-        tokenizer = Tokenizer.from_file(path) if is_file else Tokenizer.from_pretrained(path)
+        tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()  # either may be saved with it
     tokenizer.no_padding()
     return tokenizer
@@ -607,11 +618,15 @@ def process_rank():
     return (rank, world) if world > 1 else (0, 1)
 
 
+class Refusal(SystemExit):
+    """Ends the program, unless caught: one line on stderr that says what to do, exit status 1."""
+
+
 def fail(message):
-    """End the program: the message as one line on stderr, exit status 1."""
+    """Refuse what the user has asked for."""
     rank, world = process_rank()
     where = f" on rank {rank}" if world > 1 else ""
-    sys.exit(f"error{where}: " + " ".join(str(message).split()))
+    raise Refusal(f"error{where}: " + " ".join(str(message).split()))
 
 
 def require(condition, message):
@@ -660,7 +675,7 @@ def tolerated(what, *kinds):
 
 def lock(folder):
     """Lock a folder for this run, where the file system can."""
-    with explained(f"cannot write to {folder}: choose another", OSError):
+    with explained(f"cannot write to {folder}: choose another --out_dir", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "log.csv").open("a").close()
     try:

@@ -134,7 +134,7 @@ def first_words(folder):
     """The first words of three documents that a checkpoint was trained on."""
     try:
         data = prepare.Data(prepare.read_json(folder / "run.json")["settings"]["data_dir"])
-    except SystemExit:  # there is no such folder, or no longer
+    except (prepare.Refusal, KeyError):  # it was not trained here, or the text has gone
         return []
     ids = data.windows("train", [0], min(2 ** 16, data.meta["train_tokens"]))[0][0]
     text = data.tokenizer.decode(ids, skip_special_tokens=False)
@@ -143,14 +143,14 @@ def first_words(folder):
 
 
 def write(llama, tokenizer, text, seed, *chosen):
-    """Write on from a text, with a seed and the sliders' values: yield (text, status) as it grows."""
+    """Write on from a text, with the sliders' values: yield (text, status) as it grows."""
     import gradio
     if seed in (None, -1):
         seed = random.randrange(10 ** 6)
     values = dict(zip(SLIDERS, chosen)) | {"seed": seed, "num_samples": 1}
     try:
         ids = prompt_ids(tokenizer, text, llama)
-    except SystemExit as error:  # of `require`: shown on the page
+    except prepare.Refusal as error:  # shown on the page
         raise gradio.Error(str(error).removeprefix("error: "), print_exception=False)
     began = time.perf_counter()
     for count, (new,) in enumerate(stream(llama, tokenizer, ids, values), 1):
@@ -192,9 +192,11 @@ def serve(llama, tokenizer, folder, facts, text):
             [prompt_box, seed_box, *sliders], [text_box, status], api_name="write",
             concurrency_limit=4, show_progress="hidden")
         stop.click(None, cancels=[running])
-    print(f"http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it", file=sys.stderr)
     with explained(f"cannot serve at --port={port}: choose another", OSError):
-        page.launch(server_name="127.0.0.1", server_port=port, quiet=True, footer_links=[])
+        page.launch(server_name="127.0.0.1", server_port=port, quiet=True, footer_links=[],
+                    prevent_thread_lock=True)
+    print(f"http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it", file=sys.stderr)
+    page.block_thread()
 
 
 # ------------------------------------------------------------------------------------------ main

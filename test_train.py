@@ -44,7 +44,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"  # Tiny Shakespeare and SmolLM2's tokenizer, where they are
-TOY = ("--device=cpu --dtype=float32 --compile=false --n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=32 "
+TOY = ("--device=cpu --dtype=float32 --compile=False --n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=32 "
        "--intermediate_size=64 --block_size=32 --batch_size=4 --gradient_accumulation_steps=2 "
        "--optimizer=adamw --learning_rate=0.01 --beta2=0.95 --weight_decay=0.1 --max_iters=12 "
        "--eval_interval=4 --log_interval=1 --warmup_iters=2").split()
@@ -223,7 +223,8 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch, model, normalizer, spl
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
     tokenizer.train_from_iterator(
-        [PROSE, *STORIES, "ab ba  aab\n\n\tabba e\u0301é coco " * 50, "ACGTTAGACA ACGATTAG" * 90], trainer)
+        [PROSE, *STORIES, "ab ba  aab\n\n\tabba e\u0301é coco " * 50, "ACGTTAGACA ACGATTAG" * 90],
+        trainer)
     rng = random.Random(0)
     hard = [("9" * 711 + "字" * 99 + "b" * 831 + "\n" * 213 + "字" * 369, 50), ("x" + "co" * 1501, 400)]
     cuts = 0
@@ -364,11 +365,14 @@ def test_names_folders_globs_and_another_field(tmp_path, monkeypatch, capsys):
         assert texts_of(make(tmp_path, None, input=names)) == STORIES[:6]
         output = capsys.readouterr().out
         skipped = {"~": 5, f"{home}/**/*[0-9n].txt": 1}.get(names, 0)
-        assert f"files, {skipped} skipped: not text" in output
+        assert f"files, {skipped} skipped: not text" in output and ("latin.txt" in output) == (skipped > 0)
         assert "5.txt" in output  # which is validation
     (tmp_path / "links").mkdir()
     (tmp_path / "links/all").symlink_to(home)
     assert texts_of(make(tmp_path, None, input=f"{tmp_path}/links")) == STORIES[:6]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):  # not "not text"
+        patch.setattr(prepare, "read", lambda *_: sys.exit("stopped"))
+        make(tmp_path, None, input="~")
     (tmp_path / "c.jsonl").write_bytes(lines("body"))
     assert texts_of(make(tmp_path, None, input=f"{tmp_path}/c.jsonl", text_field="body")) == STORIES
 
@@ -430,7 +434,8 @@ def test_what_a_tokenizer_loses_is_reported(tmp_path, capsys):
 TEXT = b"a line of text\n" * 50
 BAD_TEXT = [  # what is in input.txt and a.jsonl, or the vocabulary of t.json; arguments; what is named
     (None, "--input=no.txt", "no.txt"), (None, "--input=input.txt,b.txt", "b.txt"),
-    (None, "--input=*.csv", "csv"), (None, "--input=**.txt", r"\*\*.txt"), (TEXT, "--input=a.csv", "a.csv: .csv .* --text_field"),
+    (None, "--input=*.csv", "csv"), (None, "--input=**.txt", r"\*\*.txt"),
+    (TEXT, "--input=a.csv", "a.csv: .csv .* --text_field"),
     (b"", "", "0 bytes"), (b"", "--input=input.txt,input.txt", "0 bytes"),
     (b'{"text": ""}\n{"text": null}', "--input=a.jsonl", "0 bytes"), (b"x", "", "1 bytes"),
     (TEXT + b"\0", "", "input.txt is not text: it contains NUL"), ("a\nb".encode("utf-16"), "", "input.txt"),
@@ -446,7 +451,7 @@ BAD_TEXT = [  # what is in input.txt and a.jsonl, or the vocabulary of t.json; a
     (None, "--input=http://[", "http://."), (None, "--input=http://127.0.0.1:9/a.txt", "127.0.0.1:9"),
     (None, "--data_dir=input.txt", "input.txt is not a folder"),
     (None, "--data_dir=input.txt/data", "input.txt/data"), (None, "--input=.", "--data_dir"),
-    (None, "--data_dir=full", "full holds notes.md"), (None, "--input=empty", "empty: no text files"),
+    (None, "--data_dir=full", "full holds notes.md"), (None, "--input=empty", "empty names no file"),
     (None, "--tokenizer=full --vocab_size=999", "--vocab_size"),
     ({"a": 0}, "--tokenizer=t.json", "end-of-text"), ({"</s>": 70_000}, "--tokenizer=t.json", "70,001 ids")]
 
@@ -465,7 +470,8 @@ def test_bad_input_of_preparation_is_one_line_and_changes_nothing(call, tmp_path
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
+                         ids=lambda n: n.name)
 @pytest.mark.parametrize("command, stage", [
     ("prepare.py --input=pipe", "reading"), ("prepare.py --vocab_size=260", "making"),
     ("prepare.py --vocab_size=260", "tokenizing"), ("train.py --device=cpu", "tokenizing")])
@@ -930,7 +936,7 @@ def test_overrides(toy, call, tmp_path, work):
     shutil.copytree(work / "out", tmp_path / "a=b")
     before = contents(tmp_path)
     output = call(*toy, "--eval_only", "--out_dir=a=b").out
-    assert "bits per byte" in output and "perplexity" in output and contents(tmp_path) == before
+    assert "bits per byte" in output and "nothing left" not in output and contents(tmp_path) == before
     assert "--eval_only" in refusal(call, *toy, "--eval_only=1", "--out_dir=c")
 
 
@@ -1128,6 +1134,8 @@ def test_preparing_anew_leaves_a_running_training_alone_but_is_another_text(work
         call("prepare.py", f"--tokenizer={work}/data", f"--data_dir={folder}")
     assert "data is not the text" in refusal(call, *args, "--max_iters=301")
     assert "data_dir = named (was data)" in call(*args, "--data_dir=named", "--max_iters=301").out
+    damage(newest(tmp_path / "out") / "run.json", {"val_loss": 99.0})  # on this text there is no better one
+    assert train.find_model(tmp_path / "out") == newest(tmp_path / "out")
 
 
 def damage(path, change):

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import prepare
-from prepare import Data, explained, read_json, require, say, tolerated
+from prepare import BOOLEANS, Data, explained, read_json, require, say, tolerated
 
 if __name__ == "__main__":  # no stack trace on Ctrl-C while torch loads
     prepare.on_signal(signal.SIG_DFL, "SIGINT")
@@ -115,7 +115,7 @@ def presets(flags):
     require(name in SIZES, f"--size={name} must be one of {', '.join(SIZES)}")
     if source in NO_MODEL:
         return SIZES[name]
-    out = flags.get("out_dir", out_dir)  # when resuming, the original model may be gone
+    out = flags.get("out_dir", out_dir)  # has the same shape, and the original model may be gone
     config = read_config(find_model(out if checkpoints(out) else source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
     for key, value in shape.items():
@@ -127,15 +127,18 @@ def presets(flags):
 def check_settings():
     """Refuse invalid settings."""
     choices = {"optimizer": "adamw, muon", "schedule": "cosine, wsd",
-               "compile": "auto, true, false", "dtype": "auto, float32, bfloat16, float16"}
+               "dtype": "auto, float32, bfloat16, float16"}
     for name, known in choices.items():
         value = globals()[name]
         require(value in known.split(", "), f"--{name}={value} must be one of {known}")
+    require(compile.lower() in ("auto", *BOOLEANS),
+            f"--compile={compile} must be auto, true or false")
     for name in ("n_layer n_head n_kv_head n_embd intermediate_size rope_theta block_size "
                  "batch_size gradient_accumulation_steps max_iters eval_interval "
                  "log_interval").split():
         require(globals()[name] >= 1, f"--{name}={globals()[name]} must be 1 or more")
-    require(out_dir, "--out_dir= is empty: name a folder, as in --out_dir=out")
+    for name in ("out_dir", "data_dir"):
+        require(globals()[name], f"--{name}= is empty: name a folder")
     require(seed < 2 ** 63, f"--seed={seed} must be below 2 ** 63")
     for name in ("dropout", "beta1", "beta2"):
         require(globals()[name] < 1, f"--{name}={globals()[name]} must be below 1")
@@ -224,7 +227,7 @@ class SlicedLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, loss_of_slice):
         at_once = 4 * LOGITS_AT_ONCE if x.is_cuda else LOGITS_AT_ONCE
         slices = math.ceil(len(x) * len(weight) / at_once)
-        rows = 128 * math.ceil(len(x) / slices / 128)
+        rows = 128 * math.ceil(len(x) / slices / 128)  # a multiple of 128 is fast
         training = ctx.needs_input_grad[0]
         x, weight = (tensor.detach().requires_grad_(training) for tensor in (x, weight))
         summed = 0.0
@@ -234,7 +237,8 @@ class SlicedLoss(torch.autograd.Function):
                 if training:
                     loss.backward()
                 summed = summed + loss.detach()
-        ctx.save_for_backward(x.grad, weight.grad)
+        if training:
+            ctx.save_for_backward(x.grad, weight.grad)
         return summed
 
     @staticmethod
@@ -400,7 +404,8 @@ def learning_rate_at(iteration):
     if schedule == "cosine":
         height = 0.5 * (1 + math.cos(math.pi * (1 - left / span)))
     else:  # warm-up, stable, decay (arXiv:2404.06395)
-        height = min(1, left / min(lr_decay_iters / 5, span))
+        fall = min(lr_decay_iters / 5, span)  # iterations
+        height = min(1, left / fall)
     return min_lr + height * (learning_rate - min_lr)
 
 
@@ -413,11 +418,20 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("step-" + 7 * "[0-9]"))
 
 
-def saved_loss(checkpoint):
-    """The validation loss of a checkpoint; inf if it is not known."""
+def saved_run(checkpoint):
+    """What run.json says of a checkpoint; {} if there is none."""
     file = checkpoint / "run.json"
-    loss = read_json(file).get("val_loss") if file.exists() else None
-    return math.inf if loss is None else loss
+    return read_json(file) if file.exists() else {}
+
+
+def saved_loss(checkpoint):
+    """A checkpoint's validation loss on the text that the newest one has; inf if not known."""
+    saved = saved_run(checkpoint)
+    newest = saved_run(checkpoints(checkpoint.parent)[-1])
+    loss = saved.get("val_loss")
+    if loss is None or saved.get("data") != newest.get("data"):
+        return math.inf
+    return loss
 
 
 def find_model(name):
@@ -428,9 +442,7 @@ def find_model(name):
         is_model = Path(name, "config.json").exists()
         require(is_model, f"there is no model in {name}: run python train.py first")
         return Path(name)
-    from huggingface_hub import snapshot_download
-    with explained(f"{name} is neither a folder here nor a model on the hub", Exception):
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    return prepare.from_hub(name, "*.safetensors", "*.json")
 
 
 def read_config(folder):
@@ -459,7 +471,8 @@ def load_model(folder, dropout=0.0):
     """The Llama of a Hugging Face folder, in float32 on the CPU."""
     model = Llama(read_config(folder), dropout)
     weights = {}
-    with explained(f"{folder} is damaged or incomplete", OSError, SafetensorError, RuntimeError):
+    problem = f"{folder} is damaged or incomplete: replace it, or move it away"
+    with explained(problem, OSError, SafetensorError, RuntimeError):
         for file in Path(folder).glob("*.safetensors"):
             weights |= load_file(file)
         if model.config.tie_word_embeddings:
@@ -474,13 +487,18 @@ class Run:
 
     iteration: int = 0
     sequences: int = 0  # trained on so far; the next batch begins after them
-    val_loss: float = None  # of these weights; None if not evaluated, or not finite
     rows: dict = field(default_factory=dict)  # of log.csv, by iteration
     wandb_id: str = None
 
     def record(self, **columns):
         """Add columns to this iteration's row of log.csv."""
         self.rows.setdefault(self.iteration, {"iter": self.iteration}).update(columns)
+
+    @property
+    def val_loss(self):
+        """The validation loss of these weights; None if not evaluated, or not finite."""
+        loss = self.rows.get(self.iteration, {}).get("val_loss", math.nan)
+        return loss if math.isfinite(loss) else None
 
 
 def save_checkpoint(model, data, run, optimizers, machine):
@@ -513,7 +531,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
         with open(tmp / "trainer.pt", "wb") as file:
             torch.save(trainer, file)
         flush(*tmp.iterdir(), tmp)
-        if path.exists():  # saved at Ctrl-C and evaluated only now: the weights are the same
+        if path.exists():  # saved at Ctrl-C, and evaluated only now: the weights are the same
             for file in tmp.iterdir():
                 file.replace(path / file.name)
         else:
@@ -539,14 +557,15 @@ def flush(*paths):
 def restore(checkpoint, optimizers, machine):
     """The Run of a checkpoint. Also restores the state of the optimizers and the scaler."""
     file = checkpoint / "trainer.pt"
-    problem = f"{file} is damaged: move {checkpoint} away to resume an earlier one"
-    with explained(problem, OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+    problem = f"{file} is damaged or of an older train.py: move {checkpoint} away"
+    with explained(problem, OSError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError):
         trainer = torch.load(file, machine.device, weights_only=True)  # others could run code
+        run = Run(**trainer["run"])
     for opt, state in zip(optimizers, trainer["optimizers"]):
         opt.load_state_dict(opt.state_dict() | {"state": state})  # its rates are this command's
     if trainer["scaler"]:
         machine.scaler.load_state_dict(trainer["scaler"])
-    return Run(**trainer["run"])
+    return run
 
 
 # -------------------------------------------------------------------------------------- machine
@@ -608,7 +627,7 @@ def set_up_machine():
         sequences=sequences,      # of an iteration
         share=share,              # of them, this process's
         micro_batch=micro_batch,  # of its share, at a time
-        compile=compile == "true" or (compile == "auto" and wide),
+        compile=BOOLEANS.get(compile.lower(), wide),
         hide_bar=True if rank > 0 else None)  # None: shown if there is a terminal
 
 
@@ -648,12 +667,12 @@ def add_up(tensor):
 # -------------------------------------------------------------------------- starting or resuming
 def find_start():
     """(model folder to start from or None, run.json of the run to resume or {})."""
-    if saved := checkpoints(out_dir):
+    if found := checkpoints(out_dir):
         require(init_from != "scratch", f"{out_dir} holds a run: choose another --out_dir")
-        file = saved[-1] / "run.json"
-        require(file.exists(), f"{out_dir} is of an older train.py: start from its weights, "
-                               f"--init_from={out_dir} --out_dir=NEW")
-        return saved[-1], read_json(file)
+        saved = saved_run(found[-1])
+        require(saved, f"{out_dir} is of an older train.py: start from its weights, "
+                       f"--init_from={out_dir} --out_dir=NEW")
+        return found[-1], saved
     if init_from not in NO_MODEL:
         return find_model(init_from), {}
     needed = eval_only or init_from == "resume"
@@ -697,7 +716,8 @@ def resolve_settings(saved, data):
     changed = {key: value for key, value in old.items() if now.get(key, value) != value}
     if init_from in NO_MODEL and changed.get("init_from") in NO_MODEL:
         del changed["init_from"]
-    # init_from and size set the others: where they differ, they are named alone
+
+    # another model is refused; init_from and size, which set the others, are named alone
     for keys in (["init_from"], ["size"], [*SHAPE, "optimizer"]):
         flags = " ".join(f"--{key}={changed[key]}" for key in keys if key in changed)
         require(not flags, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
@@ -715,7 +735,8 @@ def make_model(source, data):
     if source:
         model = load_model(source, dropout)
     else:
-        require(n_embd % (2 * n_head) == 0, f"--n_embd={n_embd} is no multiple of 2 x {n_head=}")
+        even = n_embd % (2 * n_head) == 0
+        require(even, f"--n_embd={n_embd} must be a multiple of {2 * n_head}, twice --n_head")
         shape = {theirs: globals()[ours] for ours, theirs in SHAPE.items()}
         model = Llama(SimpleNamespace(
             **SUPPORTED, **shape, head_dim=n_embd // n_head, max_position_embeddings=block_size,
@@ -745,7 +766,7 @@ def report(flags, model, data, run, machine, source):
     say(f"schedule   {schedule} to {min_lr:g} at iteration {lr_decay_iters:,}")
     say(f"start      {source or 'scratch'}")
     say(f"run        {out_dir}, iterations {run.iteration:,} to {max_iters:,}, {epochs:.1f} epochs")
-    if run.iteration >= max_iters:
+    if run.iteration >= max_iters and not eval_only:
         say(f"nothing left to do: --max_iters={2 * run.iteration} goes on at min_lr")
     if machine.device.type == "cpu":
         report_memory(parameters, machine)
@@ -927,7 +948,7 @@ def update(model, optimizers, batch, rate, machine, dropout_seed):
         except torch.OutOfMemoryError:
             require(machine.micro_batch > 1, f"out of memory: lower --block_size={block_size}")
             machine.micro_batch //= 2
-            say(f"out of memory: {machine.micro_batch} sequences at a time now, the same results")
+            say(f"out of memory: {machine.micro_batch} sequences at a time now, of the same batch")
 
     if machine.world > 1:
         for p in model.parameters():
@@ -936,11 +957,11 @@ def update(model, optimizers, batch, rate, machine, dropout_seed):
         machine.scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     loss = total(loss.item(), machine)
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group["lr"] = rate * group.get("scale", 1)
-        if math.isfinite(loss + norm):
-            with explained("no memory to step in: use a smaller --size", torch.OutOfMemoryError):
+    with explained("no memory to step in: use a smaller --size", torch.OutOfMemoryError):
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"] = rate * group.get("scale", 1)
+            if math.isfinite(loss + norm):
                 machine.scaler.step(opt)
     machine.scaler.update()
     return loss, norm
@@ -963,11 +984,17 @@ def say_goodbye(run):
         again = "--init_from=resume" if init_from == "scratch" else "the same command"
         kept = f"saved; {again} goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
-    saved = [row for row in run.rows.values() if "val_loss" in row and row["iter"] > 0]
-    best = min(saved, key=lambda row: np.nan_to_num(row["val_loss"], nan=math.inf))
-    say(f"best: validation loss {best['val_loss']:.4f}, at iteration {best['iter']:,}\n"
+    best = find_model(out_dir)
+    say(f"best: validation loss {saved_loss(best):.4f}, at iteration {int(best.name[5:]):,}\n"
         f"sample it: python sample.py --model={out_dir}\n"
         f"in a browser: python sample.py --model={out_dir} --web=true")
+
+
+def leave(machine):
+    """End together: a process that leaves while others still work may abort."""
+    if machine.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def main():
@@ -991,7 +1018,7 @@ def main():
         model.loss_of_slice = torch.compile(slice_loss, dynamic=False)
     if eval_only:
         evaluate(model, data, machine)
-        return
+        return leave(machine)
     prepare.on_signal(functools.partial(ask_to_stop, run), "SIGINT", "SIGTERM", "SIGHUP")
     if wandb_log and machine.rank == 0:
         start_wandb(run)
@@ -1001,20 +1028,18 @@ def main():
                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}")
     while True:
         # at intervals and at the end evaluate, save and sample; at a stop signal only save
-        scores = None
-        if is_due(run):
-            scores = evaluate(model, data, machine)
+        scores = evaluate(model, data, machine) if is_due(run) else None
         stopping = stop_requested(machine)
         if scores:
-            run.val_loss = scores["val_loss"] if math.isfinite(scores["val_loss"]) else None
             run.record(**scores)
-        if machine.rank == 0 and run.iteration in run.rows:
-            write_log(run)
-        if machine.rank == 0 and run.iteration > 0 and (scores or stopping):
-            save_checkpoint(model, data, run, optimizers, machine)
-        if machine.rank == 0 and scores:
-            draw_curve(run, data)
-            show_sample(model, data, run)
+        if machine.rank == 0:
+            if run.iteration in run.rows:  # there is something new in it
+                write_log(run)
+            if run.iteration > 0 and (scores or stopping):
+                save_checkpoint(model, data, run, optimizers, machine)
+            if scores:
+                draw_curve(run, data)
+                show_sample(model, data, run)
         if stopping or run.iteration >= max_iters:
             break
 
@@ -1027,7 +1052,6 @@ def main():
         loss, norm = update(model, optimizers, batch, rate, machine, dropout_seed)
         run.iteration += 1
         run.sequences += machine.sequences
-        run.val_loss = None
         log_iteration(run, bar, began, loss, norm, rate, machine)
         skipped = 0 if math.isfinite(loss + norm) else skipped + 1
         if skipped:
@@ -1037,9 +1061,7 @@ def main():
     bar.close()
     if machine.rank == 0:
         say_goodbye(run)
-    if machine.world > 1:
-        dist.barrier()  # a process that leaves while others still work may abort
-        dist.destroy_process_group()
+    leave(machine)
 
 
 if __name__ == "__main__":
