@@ -183,7 +183,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(groups, dim=1)
             v = v.repeat_interleave(groups, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # (B, T, heads, head_dim)
+        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # (B, T, heads, head_dim) again
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -339,7 +339,7 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------ optimizer and schedule
 MOMENTUM = 0.95   # of Muon
-MUON_SCALE = 0.6  # Muon's learning rate, as a share of AdamW's
+MUON_SCALE = 0.6  # Muon's learning rate, as a share of AdamW's; update() applies it
 
 
 class Muon(torch.optim.Optimizer):
