@@ -332,15 +332,13 @@ def is_safe(before, after, tokenizer):
             return False
     if isinstance(tokenizer.model, models.Unigram) and tokenizer.pre_tokenizer is None:
         return False  # which tokens are likeliest can depend on all of the text
-    # The tokens before the cut must not depend on how much follows, nor those after it on how much
-    # comes before. With one length instead of two, a text that repeats itself would pass.
-    tails = []
+    # The cut must be between two tokens, however much of the text comes before and after it. With
+    # one length instead of two, a text that repeats itself would pass.
     for head in (before, before[-CONTEXT:]):
         left, *both = encode(tokenizer, [head, head + after, head + after[:CONTEXT]])
         if any(ids[:len(left)] != left for ids in both):
             return False
-        tails.append(both[0][len(left):])
-    return tails[0] == tails[1] != []
+    return True
 
 
 def encode(tokenizer, texts):

@@ -864,7 +864,7 @@ def test_compiled_scripts_do_the_same_and_no_compiler_is_no_error(toy, call, wor
     call(*args, "--out_dir=plain")
     broken = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     for name, env in ("broken", broken), ("compiled", {}):
-        output = "".join(vars(run(*args, "--compile=true", f"--out_dir={name}", cwd=tmp_path,
+        output = "".join(vars(run(*args, "--compile=True", f"--out_dir={name}", cwd=tmp_path,
                                   env=os.environ | env)).values())
         plain, losses = (column(tmp_path / out, "train_loss") for out in ("plain", name))
         assert losses == pytest.approx(plain, rel=1e-4) and "compiling" in output

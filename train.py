@@ -886,7 +886,7 @@ def ask_to_stop(run, number, frame):
             return  # torchrun forwards the Ctrl-C that this process already got
         os._exit(128 + number)
     stop_signals.append(time.monotonic())
-    doing = f"finishing iteration {run.iteration + 1:,}"
+    doing = f"finishing iteration {min(run.iteration + 1, max_iters):,}"
     if is_due(run):
         doing = "leaving the evaluation"
     with contextlib.suppress(OSError):  # the terminal may be closed
