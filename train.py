@@ -991,7 +991,7 @@ def say_goodbye(run):
 
 
 def leave(machine):
-    """End together: a process that leaves while others still work may abort."""
+    """Wait for the other processes, so that all end together."""
     if machine.world > 1:
         dist.barrier()
         dist.destroy_process_group()
