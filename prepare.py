@@ -92,7 +92,7 @@ def files_of(name, text_field):
         is_hidden = re.compile(r"(^|/)\.[^./]").search
         with explained(f"cannot use --input={name}", ValueError):
             found = list(Path(root).glob(os.path.relpath(name, root)))
-        if not is_hidden(name):
+        if not is_hidden(name):  # only a glob that names hidden files or folders finds them
             found = [path for path in found if not is_hidden(path.as_posix())]
 
     # each file once: of a file and the links to it, the first
@@ -159,6 +159,7 @@ def read(path, text_field):
     kind = kind_of(path)
     require(kind not in TABLES, f"{path}: {kind} is not read: make it .jsonl, see --text_field")
     with open_file(path) as file:
+        # the first character, after a byte order mark and white space
         first = file.peek(1).lstrip(codecs.BOM_UTF8 + SPACES)[:1]
         is_pipe = kind == "" and not os.path.isfile(path)  # no name says what is in it
         if kind == ".parquet":
@@ -239,7 +240,8 @@ def find_split(file, size, val_fraction):
     """The byte of the spool at which validation begins: the best boundary near the place wanted."""
     wanted = min(val_fraction * size, VAL_LIMIT)
     target = round(size - wanted)
-    reach = max(2 * len(END), int(min(size, 10 * wanted) / 100))  # at most one percent
+    # at most one percent away, but in a tiny split some bytes, or there may be no boundary
+    reach = max(2 * len(END), int(min(size, 10 * wanted) / 100))
     low = max(1, target - reach, size - VAL_LIMIT - len(END))
     high = max(0, min(size - len(END) - 1, target + reach))
 

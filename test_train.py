@@ -959,8 +959,9 @@ def test_an_error_on_any_rank_is_one_line_with_its_rank(toy, tmp_path):
         assert found and all(wrong in line for line in found)
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out/.unfinished").touch()  # now rank 0 cannot save
-    error = run(*toy, cwd=tmp_path, processes=2, status=1).stderr
-    assert "error on rank 0: cannot save" in error and "[rank1]" not in error
+    for count in 12, 4:  # in the middle of a run, and at its end
+        error = run(*toy, f"--max_iters={count}", cwd=tmp_path, processes=2, status=1).stderr
+        assert "error on rank 0: cannot save" in error and "[rank1]" not in error
 
 
 def test_what_the_platform_cannot_do_ends_no_run(toy, call, work, tmp_path, monkeypatch):

@@ -985,15 +985,15 @@ def say_goodbye(run):
         kept = f"saved; {again} goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
     best = find_model(out_dir)
-    say(f"best: validation loss {saved_loss(best):.4f}, at iteration {int(best.name[5:]):,}\n"
+    say(f"best: validation loss {saved_loss(best):.4f}, at iteration {saved_run(best)['iteration']:,}\n"
         f"sample it: python sample.py --model={out_dir}\n"
         f"in a browser: python sample.py --model={out_dir} --web=true")
 
 
 def leave(machine):
     """Wait for the other processes, so that all end together."""
+    total(0, machine)
     if machine.world > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
