@@ -1098,6 +1098,19 @@ def test_a_run_that_is_ended_goes_on_as_if_it_had_not(toy, call, tmp_path, proce
         assert result(tmp_path / "whole") == result(out)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing lists the threads of a process")
+def test_no_thread_of_the_process_group_is_left_at_the_end(toy, tmp_path):
+    """One that lets go of a tensor while Python ends would abort the process, now and then."""
+    (tmp_path / "noted.py").write_text(
+        "import atexit, runpy\nfrom pathlib import Path\n"
+        "threads = Path('/proc/self/task').glob\n"
+        "atexit.register(lambda: print('left:', [file.read_text() for file in threads('*/comm')]))\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    output = run(tmp_path / "noted.py", *toy[1:], "--max_iters=2", cwd=tmp_path, processes=2,
+                 env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout
+    assert output.count("left:") == 2 and "gloo" not in output
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells how much memory is free")
 def test_the_memory_of_a_step_is_compared_with_what_is_free(capsys):
     for parameters in 10 ** 6, 10 ** 13:

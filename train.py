@@ -34,6 +34,7 @@ if __name__ == "__main__":  # no stack trace on Ctrl-C while torch loads
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # here: a later import would keep the process group alive to the end
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
