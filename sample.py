@@ -7,8 +7,6 @@ $ python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt="Gravity is" --te
 $ python sample.py --web=true                                # a page, at http://127.0.0.1:7860
 """
 import functools
-import math
-import os
 import random
 import sys
 import time
@@ -20,6 +18,7 @@ from prepare import explained, require
 if __name__ == "__main__":  # no stack trace on Ctrl-C, from here on
     prepare.on_signal(lambda *_: sys.exit(130), "SIGINT")
 
+import numpy as np
 import torch
 from tokenizers import decoders
 
@@ -45,8 +44,8 @@ port = 7860               # of the page, on 127.0.0.1
 
 def check_settings():
     """Refuse invalid settings."""
-    ranges = {"num_samples": (1, math.inf), "max_new_tokens": (1, math.inf), "top_p": (1e-6, 1),
-              "min_p": (0, 1), "repetition_penalty": (1e-6, math.inf), "seed": (0, 2 ** 63 - 1),
+    ranges = {"num_samples": (1, torch.inf), "max_new_tokens": (1, torch.inf), "top_p": (1e-6, 1),
+              "min_p": (0, 1), "repetition_penalty": (1e-6, torch.inf), "seed": (0, 2 ** 63 - 1),
               "port": (1, 65535)}
     for name, (least, most) in ranges.items():
         value = globals()[name]
@@ -66,24 +65,23 @@ def chooser(values, device):
         logits = logits.scatter(1, tokens, torch.where(used < 0, used * penalty, used / penalty))
         if values["temperature"] < 1e-6:  # or 0
             return logits.argmax(1, keepdim=True)
-        logits = (logits - logits.amax(1, keepdim=True)) / values["temperature"]
-        probs = filtered(logits, values["top_k"], values["top_p"], values["min_p"])
+        probs = (logits / values["temperature"]).softmax(1)
+        probs = filtered(probs, values["top_k"], values["top_p"], values["min_p"])
         return torch.multinomial(probs, 1, generator=generator)
 
     return choose
 
 
-def filtered(logits, top_k, top_p, min_p):
-    """Probabilities (B, V) of logits (B, V), 0 for tokens that one of the three filters removes."""
-    if 0 < top_k < logits.shape[1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+def filtered(probs, top_k, top_p, min_p):
+    """Probabilities (B, V), with 0 for the tokens that one of the three filters removes."""
+    if 0 < top_k < probs.shape[1]:
+        least = probs.topk(top_k).values[:, -1:]
+        probs = probs.where(probs >= least, 0)
     if top_p < 1:
-        ordered, order = logits.softmax(1).sort(descending=True)
+        ordered, order = probs.sort(descending=True)
         before = ordered.cumsum(1) - ordered  # the probability of all likelier tokens
-        left_out = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
-        logits = logits.masked_fill(left_out, -torch.inf)
-    probs = logits.softmax(1)
+        left = ordered.where(before < top_p * ordered.sum(1, keepdim=True), 0)
+        probs = probs.scatter(1, order, left)
     return probs.where(probs >= min_p * probs.amax(1, keepdim=True), 0)
 
 
@@ -101,20 +99,23 @@ def prompt_ids(tokenizer, text, llama):
 
 
 def stream(llama, tokenizer, ids, values):
-    """Write num_samples texts after ids: yield the new characters of each, "" once it has ended."""
+    """Write num_samples texts after ids: yield (each text so far, the speed) after every token."""
     count = values["num_samples"]
-    texts = [decoders.DecodeStream(ids, skip_special_tokens=True) for _ in range(count)]
-    going = set(range(count))
+    texts = [""] * count
+    going = {i: decoders.DecodeStream(ids, skip_special_tokens=True) for i in range(count)}
     tokens = torch.tensor([ids] * count, device=llama.cos.device)
     choose = chooser(values, tokens.device)
+    written = 0
+    began = time.perf_counter()
     for new in llama.generate(tokens, values["max_new_tokens"], choose):
-        pieces = [""] * count
         for i, token in enumerate(new[:, 0].tolist()):
             if token in llama.config.eos_token_id:
-                going.discard(i)
-            if i in going:  # None: the token ends within a character
-                pieces[i] = texts[i].step(tokenizer, token) or ""
-        yield pieces
+                going.pop(i, None)
+            if i in going:
+                texts[i] += going[i].step(tokenizer, token) or ""  # None: within a character
+        written += len(going)
+        speed = written / max(time.perf_counter() - began, 1e-9)
+        yield texts, f"{written} tokens, {speed:.1f} tokens/s"
         if not going:
             return
 
@@ -136,10 +137,10 @@ def first_words(folder):
         data = prepare.Data(prepare.read_json(folder / "run.json")["settings"]["data_dir"])
     except (prepare.Refusal, KeyError):  # it was not trained here, or the text has gone
         return []
-    ids = data.windows("train", [0], min(2 ** 16, data.meta["train_tokens"]))[0][0]
-    text = data.tokenizer.decode(ids, skip_special_tokens=False)
-    documents = text.split(data.tokenizer.id_to_token(data.eot))
-    return [" ".join(document.split()[:4]) for document in documents if document.strip()][:3]
+    [ids], _ = data.windows("train", [0], min(2 ** 16, data.meta["train_tokens"]))
+    ends = np.flatnonzero(ids == data.eot)
+    texts = [data.tokenizer.decode(document) for document in np.split(ids, ends)]
+    return [" ".join(text.split()[:4]) for text in texts if text.strip()][:3]
 
 
 def write(llama, tokenizer, text, seed, *chosen):
@@ -152,20 +153,16 @@ def write(llama, tokenizer, text, seed, *chosen):
         ids = prompt_ids(tokenizer, text, llama)
     except prepare.Refusal as error:  # shown on the page
         raise gradio.Error(str(error).removeprefix("error: "), print_exception=False)
-    began = time.perf_counter()
-    for count, (new,) in enumerate(stream(llama, tokenizer, ids, values), 1):
-        text += new
-        speed = count / max(time.perf_counter() - began, 1e-9)
-        yield text, f"{count} tokens, {speed:.1f} tokens/s, seed {seed}"
+    for (new,), speed in stream(llama, tokenizer, ids, values):
+        yield text + new, f"{speed}, seed {seed}"
 
 
 def serve(llama, tokenizer, folder, facts, text):
     """Serve a page on this machine until Ctrl-C. Several visitors can use it at once."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: the page needs no network
     with explained("--web=true needs gradio: pip install gradio", ImportError):
         import gradio
 
-    with gradio.Blocks(title="sample.py") as page:
+    with gradio.Blocks(title="sample.py", analytics_enabled=False) as page:
         gradio.Markdown(f"### Write with your model\n{facts}")
         with gradio.Tab("Write"):
             prompt_box = gradio.Textbox(text, label="Prompt", lines=2, autofocus=True)
@@ -200,32 +197,28 @@ def serve(llama, tokenizer, folder, facts, text):
 
 
 # ------------------------------------------------------------------------------------------ main
-def load():
-    """The model that the settings ask for, its folder, and a line of facts."""
-    folder = find_model(model)
-    target = choose_device(device)
-    precision = dtype
-    if dtype == "auto":
-        precision = best_dtype(target)
-        if target.type == "cpu" and (num_samples == 1 or web):  # reading the weights takes longest
-            precision = "bfloat16"
-    llama = load_model(folder).eval().to(target, getattr(torch, precision))
-    if compile and compiles(target):
-        llama.decode = torch.compile(llama.decode, mode="reduce-overhead")
-    parameters = sum(p.numel() for p in llama.parameters())
-    return llama, folder, f"{folder}: {parameters:,} parameters, {target}, {precision}"
-
-
 def main():
     prepare.steady_output()
     prepare.configure(globals(), sys.argv[1:])
     check_settings()
-    llama, folder, facts = load()
-    tokenizer = prepare.load_tokenizer(folder)
     text = prompt
     if prompt.startswith("FILE:"):
         with explained(f"cannot read --prompt={prompt}", OSError, ValueError):
             text = Path(prompt[5:]).read_text("utf-8-sig")
+
+    folder = find_model(model)
+    tokenizer = prepare.load_tokenizer(folder)
+    target = choose_device(device)
+    precision = dtype
+    if dtype == "auto" and target.type == "cpu" and num_samples == 1:
+        precision = "bfloat16"  # reading the weights takes longest
+    elif dtype == "auto":
+        precision = best_dtype(target)
+    llama = load_model(folder).eval().to(target, getattr(torch, precision))
+    if compile and compiles(target):
+        llama.decode = torch.compile(llama.decode, mode="reduce-overhead")
+    parameters = sum(p.numel() for p in llama.parameters())
+    facts = f"{folder}: {parameters:,} parameters, {target}, {precision}"
     if web:
         return serve(llama, tokenizer, folder, facts, text)
 
@@ -235,19 +228,17 @@ def main():
     # the first sample appears as it is generated, the others at the end
     show = prepare.printable if sys.stdout.isatty() else str
     print(show(text), end="", flush=True)
-    steps = []
-    began = time.perf_counter()
+    texts = [""]
+    shown = 0
     try:
-        for pieces in stream(llama, tokenizer, ids, prepare.settings_of(globals())):
-            print(show(pieces[0]), end="", flush=True)
-            steps.append(pieces)
+        for texts, speed in stream(llama, tokenizer, ids, prepare.settings_of(globals())):
+            print(show(texts[0][shown:]), end="", flush=True)
+            shown = len(texts[0])
             if sys.stdout.broken:  # the reader has gone
                 break
     finally:  # also after Ctrl-C
-        samples = [text + "".join(pieces) for pieces in zip(*steps)]
-        print("", *map(show, samples[1:]), sep=f"\n{'-' * 20}\n")
-    speed = len(steps) * num_samples / max(time.perf_counter() - began, 1e-9)
-    print(f"{len(steps)} tokens x {num_samples}, {speed:.1f} tokens/s", file=sys.stderr)
+        print("", *(show(text + new) for new in texts[1:]), sep=f"\n{'-' * 20}\n")
+    print(speed, file=sys.stderr)
 
 
 if __name__ == "__main__":

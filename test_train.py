@@ -828,7 +828,7 @@ def test_a_save_reaches_the_disk_before_it_is_renamed(toy, call, tmp_path, spy):
     call(*toy, "--max_iters=2", "--eval_interval=2")
     at = events.index(".unfinished -> step-0000002")
     assert sorted(events[:at]) == sorted([*os.listdir(tmp_path / "out/step-0000002"), ".unfinished"])
-    assert events[at + 1] == "out"
+    assert events[at + 1:at + 3] == ["step-0000002", "out"]
 
 
 def test_how_the_work_is_split_changes_nothing(toy, call, tmp_path, spy):
@@ -1299,10 +1299,10 @@ def test_stream_gives_whole_characters_and_ends_each_sample(work, monkeypatch):
     ids = tokenizer.encode(text).ids
     rows = torch.tensor([ids[:4] + [end] + ids[5:], ids])
     monkeypatch.setattr(llama, "generate", lambda *_, **__: iter(rows.T[:, :, None]))
-    pieces = list(sample.stream(llama, tokenizer, [end], VALUES | {"num_samples": 2}))
-    first, second = zip(*pieces)
-    assert "".join(second) == text and not any("\ufffd" in piece for piece in second)
-    assert first[0] and not any(first[4:])
+    steps = [texts.copy() for texts, _ in sample.stream(llama, tokenizer, [end], VALUES | {"num_samples": 2})]
+    first, second = zip(*steps)
+    assert second[-1] == text and not any("\ufffd" in part for part in second)
+    assert first[0] and first[3] == first[-1]
 
 
 def test_command_line(work, call, tmp_path):

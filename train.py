@@ -3,11 +3,12 @@ Train SmolLM2-135M, or a smaller Llama. Each checkpoint is a Hugging Face model 
 
 $ python train.py                                    # the small model: minutes on two CPU cores
 $ python train.py --max_iters=1000                   # any setting below can be given like this
-$ python train.py --size=135m --data_dir=data-web    # SmolLM2-135M, on data made by prepare.py
-$ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --data_dir=data-tuned    # fine-tune it
-$ torchrun --standalone --nproc_per_node=8 train.py  # eight GPUs: the same batches and losses
+$ python train.py --size=135m --data_dir=data-web --out_dir=out-135m
+$ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --data_dir=data-tuned --out_dir=out-tuned
+$ torchrun --standalone --nproc_per_node=8 train.py --out_dir=out-8    # on eight GPUs
 
-Ctrl-C saves and exits; the same command resumes.
+The first makes its data of input.txt, the others need what prepare.py made. Ctrl-C saves and exits;
+the same command resumes.
 """
 import contextlib
 import csv
@@ -34,7 +35,7 @@ if __name__ == "__main__":  # no stack trace on Ctrl-C while torch loads
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # here: a later import would keep the process group alive to the end
+import torch.distributed.nn  # AdamW would do it later, and keep the process group alive to the end
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -82,12 +83,12 @@ min_lr = -1.0                    # -1: a tenth of learning_rate
 # machine
 device = "auto"                  # auto, cpu, cuda, cuda:1 or mps
 dtype = "auto"                   # of matrix products: auto, float32, bfloat16 or float16
-compile = "auto"                 # auto (on GPUs, and on CPUs from 512 channels on), true or false
+compile = "auto"                 # auto (on CUDA, and elsewhere from 512 channels), true or false
 gradient_checkpointing = False   # recompute layers in the backward pass: less memory, more time
 deterministic = False            # bit-exact resume on GPUs too; slower
 
 # ------------- what --size and --init_from change at once: it wins over the block, flags over it
-RECIPE = dict(  # SmolLM2's (arXiv:2502.02737), with half a million tokens an update
+RECIPE = dict(  # SmolLM2's rates (arXiv:2502.02737), with half a million tokens an update
     vocab_size=49152, block_size=2048, batch_size=16, gradient_accumulation_steps=16,
     optimizer="adamw", max_iters=10_000, learning_rate=3e-3, weight_decay=0.1, beta2=0.95,
     eval_interval=250)
@@ -116,13 +117,14 @@ def presets(flags):
     require(name in SIZES, f"--size={name} must be one of {', '.join(SIZES)}")
     if source in NO_MODEL:
         return SIZES[name]
-    out = flags.get("out_dir", out_dir)  # has the same shape, and the original model may be gone
+    out = flags.get("out_dir", out_dir)  # a run there has the same shape, and the source may be gone
     config = read_config(find_model(out if checkpoints(out) else source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
+    shape["size"] = Path(source).name
     for key, value in shape.items():
-        require(flags.get(key, value) == value, f"{source} has {key}={value}: leave out --{key}")
+        require(flags.get(key, value) == value, f"the model has {key}={value}: leave out --{key}")
     shape["block_size"] = min(512, config.max_position_embeddings)
-    return SIZES[name] | FINE_TUNING | shape | {"size": Path(source).name}
+    return FINE_TUNING | shape
 
 
 def check_settings():
@@ -132,7 +134,7 @@ def check_settings():
     for name, known in choices.items():
         value = globals()[name]
         require(value in known.split(", "), f"--{name}={value} must be one of {known}")
-    require(compile.lower() in ("auto", *BOOLEANS),
+    require(str(compile).lower() in ("auto", *BOOLEANS),
             f"--compile={compile} must be auto, true or false")
     for name in ("n_layer n_head n_kv_head n_embd intermediate_size rope_theta block_size "
                  "batch_size gradient_accumulation_steps max_iters eval_interval "
@@ -218,7 +220,7 @@ def slice_loss(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
 
 
-LOGITS_AT_ONCE = 2 ** 25  # 128 MiB in float32 (GPUs: four times that), not gigabytes
+LOGITS_AT_ONCE = 2 ** 25  # in a slice, on GPUs four times as many; those of a batch take gigabytes
 
 
 class SlicedLoss(torch.autograd.Function):
@@ -277,8 +279,10 @@ class Llama(nn.Module):
             std = config.initializer_range
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * config.num_hidden_layers)
-            if p.dim() == 2:  # the norms stay at 1
+            if p.dim() == 2:
                 nn.init.normal_(p, std=std)
+            elif not name.endswith("norm.weight"):  # which stay at 1
+                raise ValueError(f"no initial values are chosen for {name}")
 
     def head(self):
         """The matrix (V, C) that makes logits; a tied model uses the embedding's."""
@@ -287,8 +291,8 @@ class Llama(nn.Module):
     def hidden(self, tokens, caches=None, positions=None):
         """Hidden states (B, T, C) of tokens (B, T), at `positions` (T,) of the caches, if any."""
         x = self.dropout(self.model.embed_tokens(tokens))
-        mask = None
         if caches is None:
+            mask = None
             caches = [None] * len(self.model.layers)
             positions = torch.arange(tokens.shape[1], device=x.device)
         else:
@@ -340,7 +344,7 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------ optimizer and schedule
 MOMENTUM = 0.95   # of Muon
-MUON_SCALE = 0.6  # Muon's learning rate, as a share of AdamW's; update() applies it
+MUON_SCALE = 0.6  # its learning rate, as a share of AdamW's
 
 
 class Muon(torch.optim.Optimizer):
@@ -349,6 +353,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:  # the matrices of one shape, stepped together as a stack
+            rate = MUON_SCALE * group["lr"]
             updates = []
             for p in group["params"]:
                 if p not in self.state:
@@ -356,8 +361,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
                 updates.append(p.grad.lerp(momentum, MOMENTUM))  # Nesterov
             for p, update in zip(group["params"], orthogonal(torch.stack(updates))):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.mul_(1 - rate * group["weight_decay"])
+                p.sub_(update, alpha=rate * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonal(matrices):
@@ -373,25 +378,24 @@ def orthogonal(matrices):
 
 
 def make_optimizers(model):
-    """[AdamW], or [AdamW for embedding and norms, Muon for the layers' matrices]."""
+    """[AdamW], or [AdamW for the rest, Muon for the layers' matrices]. update() sets the rates."""
     norms, matrices = [], []
     stacks = {}  # the layers' matrices, by shape
     for name, p in model.named_parameters():
         if p.dim() == 1:
             norms.append(p)
-        elif p.dim() == 2 and optimizer == "muon" and ".layers." in name:
-            stacks.setdefault(p.shape, []).append(p)
-        elif p.dim() == 2:
-            matrices.append(p)
-        else:
+        elif p.dim() != 2:
             raise ValueError(f"no optimizer is chosen for {name}, of shape {tuple(p.shape)}")
+        elif optimizer == "muon" and ".layers." in name:
+            stacks.setdefault(p.shape, []).append(p)
+        else:
+            matrices.append(p)
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
     if optimizer == "adamw":
         return [adamw]
-    groups = [{"params": stack, "scale": MUON_SCALE} for stack in stacks.values()]
-    defaults = {"lr": 0.0, "weight_decay": weight_decay}  # update() sets the rate
-    return [adamw, Muon(groups, defaults)]
+    groups = [{"params": stack} for stack in stacks.values()]
+    return [adamw, Muon(groups, {"weight_decay": weight_decay})]
 
 
 def learning_rate_at(iteration):
@@ -439,7 +443,7 @@ def find_model(name):
     """The model folder of a name: the best in an out folder, the folder itself, or the hub's."""
     if checkpoints(name):
         return min(reversed(checkpoints(name)), key=saved_loss)  # on a tie, the newest
-    if Path(name).is_dir() or "/" not in str(name):  # as in each name of the hub
+    if Path(name).is_dir() or "/" not in str(name):  # a name on the hub has one
         is_model = Path(name, "config.json").exists()
         require(is_model, f"there is no model in {name}: run python train.py first")
         return Path(name)
@@ -528,7 +532,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
             (tmp / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
         (tmp / "tokenizer.json").write_text(data.tokenizer.to_str(pretty=True), "utf-8")
         save_file(model.state_dict(), tmp / "model.safetensors", {"format": "pt"})
-        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # else the owner's only
+        shutil.copymode(tmp / "run.json", tmp / "model.safetensors")  # else the owner's alone
         with open(tmp / "trainer.pt", "wb") as file:
             torch.save(trainer, file)
         flush(*tmp.iterdir(), tmp)
@@ -537,7 +541,7 @@ def save_checkpoint(model, data, run, optimizers, machine):
                 file.replace(path / file.name)
         else:
             tmp.rename(path)
-        flush(out_dir)
+        flush(path, out_dir)
         for old in set(checkpoints(out_dir)[:-1]) - {find_model(out_dir)}:
             shutil.rmtree(tmp, ignore_errors=True)
             old.rename(tmp)  # so that no incomplete step- folder is left if this is killed
@@ -559,11 +563,13 @@ def restore(checkpoint, optimizers, machine):
     """The Run of a checkpoint. Also restores the state of the optimizers and the scaler."""
     file = checkpoint / "trainer.pt"
     problem = f"{file} is damaged or of an older train.py: move {checkpoint} away"
-    with explained(problem, OSError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError):
-        trainer = torch.load(file, machine.device, weights_only=True)  # others could run code
+    kinds = OSError, EOFError, RuntimeError, TypeError, LookupError, pickle.UnpicklingError
+    with explained(problem, *kinds):
+        trainer = torch.load(file, machine.device, weights_only=True)  # a pickle could run code
         run = Run(**trainer["run"])
-    for opt, state in zip(optimizers, trainer["optimizers"]):
-        opt.load_state_dict(opt.state_dict() | {"state": state})  # its rates are this command's
+        states = trainer["optimizers"]
+    for opt, state in zip(optimizers, states, strict=True):
+        opt.load_state_dict(opt.state_dict() | {"state": state})  # the rates are this command's
     if trainer["scaler"]:
         machine.scaler.load_state_dict(trainer["scaler"])
     return run
@@ -591,7 +597,7 @@ def best_dtype(device):
 
 
 def set_up_machine():
-    """Where and how to compute, as a namespace."""
+    """Join the other processes, if any. Returns where and how to compute, as a namespace."""
     rank, world = prepare.process_rank()
     name = device
     if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
@@ -628,15 +634,17 @@ def set_up_machine():
         sequences=sequences,      # of an iteration
         share=share,              # of them, this process's
         micro_batch=micro_batch,  # of its share, at a time
-        compile=BOOLEANS.get(compile.lower(), wide),
+        compile=BOOLEANS.get(str(compile).lower(), wide),
         hide_bar=True if rank > 0 else None)  # None: shown if there is a terminal
 
 
 def keep_freed_memory():
     """Let glibc keep freed memory: asking the kernel for it again took a tenth of the time."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_MMAP_MAX, 0)
 
@@ -681,11 +689,10 @@ def find_start():
     return None, {}
 
 
-def open_data(source):
+def open_data(source, machine):
     """The Data of data_dir, whose tokenizer must be that of `source`. Makes the default one."""
     if not Path(data_dir).exists():
-        alone = prepare.process_rank()[1] == 1
-        require(data_dir == "data" and alone,
+        require(data_dir == "data" and machine.world == 1,
                 f"there is no {data_dir}: run python prepare.py --input=TEXT --data_dir={data_dir}")
         prepare.prepare(tokenizer=str(source or "bpe"))
     data = Data(data_dir)
@@ -693,7 +700,8 @@ def open_data(source):
         known = prepare.fingerprint(prepare.load_tokenizer(source))
         require(known == data.meta["tokenizer_sha256"],
                 f"{data_dir} has a different tokenizer: run python prepare.py --input=TEXT "
-                f"--tokenizer={source} --data_dir=NEW, then train with --data_dir=NEW")
+                f"--tokenizer={source} --data_dir=NEW and train with --data_dir=NEW, or choose "
+                "another --out_dir for another model")
     tokens = data.meta["train_tokens"]
     require(tokens >= 2 * block_size,
             f"{data_dir} has only {tokens:,} tokens to train on: lower --block_size={block_size}")
@@ -720,8 +728,8 @@ def resolve_settings(saved, data):
 
     # another model is refused; init_from and size, which set the others, are named alone
     for keys in (["init_from"], ["size"], [*SHAPE, "optimizer"]):
-        flags = " ".join(f"--{key}={changed[key]}" for key in keys if key in changed)
-        require(not flags, f"{out_dir} holds another run: add {flags}, or choose another --out_dir")
+        fit = " ".join(f"--{key}={changed[key]}" for key in keys if key in changed)
+        require(not fit, f"{out_dir} holds another run: add {fit}, or choose another --out_dir")
     same_text = saved.get("data", data.meta) == data.meta
     require(same_text or "data_dir" in changed,
             f"{data_dir} is not the text that {out_dir} began with: prepare that one again, or "
@@ -775,6 +783,7 @@ def report(flags, model, data, run, machine, source):
         say("evaluating before the first iteration ...")
 
 
+@tolerated("reading how much memory is free", OSError, LookupError)
 def report_memory(parameters, machine):
     """Print what a step needs on a CPU, where the system kills a process that takes too much."""
     tokens = machine.micro_batch * block_size
@@ -874,13 +883,13 @@ stop_signals = []  # the times at which they arrived
 
 
 def is_due(run):
-    """Whether the weights are to be evaluated and saved now, and have not been."""
+    """Whether these weights are to be evaluated now, and have no finite loss yet."""
     at_interval = run.iteration % eval_interval == 0 or run.iteration >= max_iters
     return at_interval and run.val_loss is None
 
 
 def ask_to_stop(run, number, frame):
-    """At a signal, end the run after this iteration or evaluation; at a second one, at once."""
+    """At a signal, finish this iteration or leave the evaluation, and save; at a second, quit."""
     rank, world = prepare.process_rank()
     if stop_signals:
         if world > 1 and time.monotonic() < stop_signals[0] + 2:
@@ -908,7 +917,7 @@ def evaluate(model, data, machine):
     at_once = max(1, TOKENS_AT_ONCE // block_size)
     nats = 0.0
     firsts = range(0, math.ceil(count / block_size), at_once * machine.world)
-    # a bar, if it takes more than three seconds
+    # shows a bar, if it takes long
     for first in tqdm(firsts, "evaluating", leave=False, delay=3, disable=machine.hide_bar):
         if stop_requested(machine):
             return None
@@ -938,7 +947,7 @@ def add_gradients(model, batch, machine):
 
 
 def update(model, optimizers, batch, rate, machine, dropout_seed):
-    """Train on a batch. Returns its mean loss and the gradient's norm; unless finite, no step."""
+    """Train on a batch. Returns its mean loss and the gradient's norm; no step unless finite."""
     batch = torch.tensor(np.stack(batch), device=machine.device)  # (inputs and targets, B, T)
     loss = None
     while loss is None:
@@ -956,13 +965,13 @@ def update(model, optimizers, batch, rate, machine, dropout_seed):
             add_up(p.grad)
     for opt in optimizers:
         machine.scaler.unscale_(opt)
+        for group in opt.param_groups:
+            group["lr"] = rate
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     loss = total(loss.item(), machine)
-    with explained("no memory to step in: use a smaller --size", torch.OutOfMemoryError):
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group["lr"] = rate * group.get("scale", 1)
-            if math.isfinite(loss + norm):
+    if math.isfinite(loss + norm):
+        with explained("no memory to step in: use a smaller --size", torch.OutOfMemoryError):
+            for opt in optimizers:
                 machine.scaler.step(opt)
     machine.scaler.update()
     return loss, norm
@@ -986,7 +995,8 @@ def say_goodbye(run):
         kept = f"saved; {again} goes on" if run.iteration else "nothing to save yet"
         return say(f"stopped at {run.iteration:,} of {max_iters:,}, {kept}")
     best = find_model(out_dir)
-    say(f"best: validation loss {saved_loss(best):.4f}, at iteration {saved_run(best)['iteration']:,}\n"
+    iteration = saved_run(best)["iteration"]
+    say(f"best: validation loss {saved_loss(best):.4f}, at iteration {iteration:,}\n"
         f"sample it: python sample.py --model={out_dir}\n"
         f"in a browser: python sample.py --model={out_dir} --web=true")
 
@@ -1006,7 +1016,7 @@ def main():
     if machine.rank == 0 and not eval_only:
         prepare.lock(out_dir)
     source, saved = find_start()
-    data = open_data(source)
+    data = open_data(source, machine)
     resolve_settings(saved, data)
 
     model = make_model(source, data).to(machine.device)
@@ -1034,7 +1044,7 @@ def main():
         if scores:
             run.record(**scores)
         if machine.rank == 0:
-            if run.iteration in run.rows:  # there is something new in it
+            if run.iteration in run.rows:
                 write_log(run)
             if run.iteration > 0 and (scores or stopping):
                 save_checkpoint(model, data, run, optimizers, machine)
