@@ -52,13 +52,12 @@ PIECE = 2 ** 15         # characters that a core encodes at a time
 BATCH = 32              # pieces that the cores share
 WORD_REACH = 99         # characters in which the end of a word is looked for
 AROUND = 256            # characters on each side of a cut that show whether it changes a token
-CONTEXT = 129           # characters before a piece that are encoded with it; not half of AROUND
+CONTEXT = 129           # characters before a piece encoded with it; not AROUND / 2: see is_safe
 
 MARK = "<|endoftext|>"  # ends a document in plain text, and is the token that ends it in the BPE
 END = MARK + "\n"       # how each document ends in the spool
 END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "[SEP]")
 SPACES = b" \t\n\v\f\r"  # white space, which tokenizers may add or remove
-TABLES = (".csv", ".tsv")
 SPLITS = ("train", "val")
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 WARNED = set()  # what `tolerated` has warned of
@@ -156,8 +155,10 @@ def spool(files, text_field, file):
 
 def read(path, text_field):
     """Yield the text of a file in parts, with END after each document."""
-    kind = kind_of(path)
-    require(kind not in TABLES, f"{path}: {kind} is not read: make it .jsonl, see --text_field")
+    # the suffix, before .gz or .zst, tells what is in it
+    kind = Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
+    is_table = kind in (".csv", ".tsv")
+    require(not is_table, f"{path}: {kind} is not read: make it .jsonl, see --text_field")
     with open_file(path) as file:
         # the first character, after a byte order mark and white space
         first = file.peek(1).lstrip(codecs.BOM_UTF8 + SPACES)[:1]
@@ -174,11 +175,6 @@ def read(path, text_field):
         elif file.peek(1):
             yield from read_plain(path, file)
             yield END
-
-
-def kind_of(path):
-    """The suffix that tells what is in a file: that before .gz or .zst."""
-    return Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
 
 
 def open_file(path):
@@ -240,7 +236,8 @@ def find_split(file, size, val_fraction):
     """The byte of the spool at which validation begins: the best boundary near the place wanted."""
     wanted = min(val_fraction * size, VAL_LIMIT)
     target = round(size - wanted)
-    # at most one percent away, but in a tiny split some bytes, or there may be no boundary
+    # at most a percent of the text away, or a tenth of validation if that is less; but some bytes
+    # in a tiny text, where there may be no boundary else
     reach = max(2 * len(END), int(min(size, 10 * wanted) / 100))
     low = max(1, target - reach, size - VAL_LIMIT - len(END))
     high = max(0, min(size - len(END) - 1, target + reach))
@@ -524,7 +521,7 @@ def configure(config, argv, presets=lambda flags: {}):
         if word in ("--help", "-h"):
             source = Path(config["__file__"]).read_text("utf-8")
             block = re.search(r"(?ms)^# -+ settings\n(.*?)^(?:# -+ |def )", source)[1]
-            print(config["__doc__"].strip(), block.strip(), sep="\n\n")
+            print(ast.get_docstring(ast.parse(source)), block.strip(), sep="\n\n")
             sys.exit()
         if word.endswith(".py") and not word.startswith("--"):
             words = flags_in_file(word) + words
@@ -569,8 +566,8 @@ def flags_in_file(path):
     """The lines `name = value` of a file like nanoGPT's configs, as flags. Runs nothing."""
     problem = f"cannot read {path}, which may only have lines of the form name = value"
     with explained(problem, OSError, SyntaxError, ValueError, AttributeError):
-        lines = [line for line in ast.parse(Path(path).read_text("utf-8")).body
-                 if not isinstance(line, ast.Expr)]  # a docstring
+        tree = ast.parse(Path(path).read_text("utf-8"))
+        lines = tree.body[1:] if ast.get_docstring(tree) else tree.body
         return [f"--{name.id}={ast.literal_eval(line.value)}"
                 for line in lines for name in line.targets]
 

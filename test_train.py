@@ -610,8 +610,8 @@ def test_muon_equals_that_of_torch():
         torch.manual_seed(0)
         ours = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
         theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-        for optimizer in (train.Muon([{"params": ours}], {"lr": 0.02, "weight_decay": 0.1}),
-                          torch.optim.Muon(theirs, 0.02, 0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")):
+        for optimizer in (train.Muon([{"params": ours}], {"lr": 1 / train.MUON_SCALE, "weight_decay": 0.1}),
+                          torch.optim.Muon(theirs, 1.0, 0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")):
             torch.manual_seed(1)
             for _ in range(2):
                 for p in optimizer.param_groups[0]["params"]:
@@ -622,7 +622,7 @@ def test_muon_equals_that_of_torch():
 
 
 # ------------------------------------------------------------------------- optimizer, schedule, data order
-def test_every_parameter_has_an_optimizer():
+def test_every_parameter_has_initial_values_and_an_optimizer(monkeypatch):
     model = new_model(tie_word_embeddings=False)
     groups = [group for optimizer in train.make_optimizers(model) for group in optimizer.param_groups]
     found = [id(p) for group in groups for p in group["params"]]
@@ -630,6 +630,9 @@ def test_every_parameter_has_an_optimizer():
     model.extra = torch.nn.Parameter(torch.zeros(2, 2, 2))
     with pytest.raises(ValueError, match="extra"):
         train.make_optimizers(model)
+    monkeypatch.setattr(train.nn, "Dropout", lambda _: torch.nn.PReLU())
+    with pytest.raises(ValueError, match="no initial values .*dropout.weight"):
+        new_model()
 
 
 @pytest.mark.parametrize("schedule, middle, late", [("cosine", 0.55, 0.1271), ("wsd", 1, 0.55)])
@@ -910,7 +913,7 @@ def test_import_does_nothing(tmp_path):
     assert (done.returncode, done.stdout, done.stderr, contents(tmp_path)) == (0, b"", b"", {})
 
 
-def test_overrides(toy, call, tmp_path, work):
+def test_overrides(toy, call, tmp_path, work, monkeypatch):
     def check(words, **wanted):
         config = dict(vars(train))
         prepare.configure(config, words.split(), train.presets)
@@ -925,13 +928,16 @@ def test_overrides(toy, call, tmp_path, work):
     check(f"{tmp_path}/few.py --size=135m --n_head=3", n_layer=3, n_head=3, n_embd=576, min_lr=0.001,
           compile="false")
     check(f"--deterministic {tmp_path}/few.py", deterministic=True, n_layer=3)
-    (tmp_path / "bad.py").write_text("import os\nn_layer = os.getpid()\n")
-    assert "bad.py" in refusal(call, "train.py", "bad.py")
+    for code in "import os\nn_layer = os.getpid()\n", "print(1)\n":
+        (tmp_path / "bad.py").write_text(code)
+        assert "bad.py" in refusal(call, "train.py", "bad.py")
     assert "did you mean --learning_rate?" in refusal(call, "train.py", "--learning_rte=1")
     assert "did you mean" not in refusal(call, "train.py", "--zzz=1")
-    output = call("train.py", "--help").out
+    output = subprocess.check_output([sys.executable, "-OO", ROOT / "train.py", "--help"], text=True)
     assert re.search(r"\nlog_interval = \d+ +# iterations", output) and "python train.py" in output
     assert "overriding: max_iters = 12" in call(*toy, "--out_dir=new").out
+    monkeypatch.setattr(train, "compile", False)  # as one would edit it
+    train.check_settings()
 
     shutil.copytree(work / "out", tmp_path / "a=b")
     before = contents(tmp_path)
@@ -1170,6 +1176,7 @@ def damage(path, change):
 BAD_TRAINING = [  # what train.py is told, what the line must name; a file of data/ or out/ and its damage
     ("--data_dir=typo --out_dir=new", "prepare.py --input=TEXT --data_dir=typo"),
     ("--block_size=64 --init_from=out --out_dir=new", "--block_size=64"),
+    ("--size=135m --init_from=out --out_dir=new", "leave out --size"),
     ("--init_from=no/model --out_dir=new", "no/model"), ("--out_dir=input.txt", "input.txt"),
     ("--n_layer=3", "add --n_layer=2,"), ("--size=135m", "add --size=tiny,"),
     ("--optimizer=muon", "add --optimizer=adamw,"), ("--init_from=scratch", "another --out_dir"),
