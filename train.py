@@ -117,7 +117,7 @@ def presets(flags):
     require(name in SIZES, f"--size={name} must be one of {', '.join(SIZES)}")
     if source in NO_MODEL:
         return SIZES[name]
-    out = flags.get("out_dir", out_dir)  # a run there has the same shape, and the source may be gone
+    out = flags.get("out_dir", out_dir)  # a run there has its shape, and the source may be gone
     config = read_config(find_model(out if checkpoints(out) else source))
     shape = {ours: getattr(config, theirs) for ours, theirs in SHAPE.items()}
     shape["size"] = Path(source).name
