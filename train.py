@@ -102,7 +102,8 @@ SIZES = {
                           rope_theta=130_000.0),
 }
 FINE_TUNING = dict(optimizer="adamw", learning_rate=1e-4, weight_decay=0.1, beta2=0.95,
-                   batch_size=4, gradient_accumulation_steps=4)
+                   batch_size=4, gradient_accumulation_steps=4,
+                   block_size=512)  # or the model's context, if that is shorter
 NO_MODEL = ("auto", "scratch", "resume")  # values of init_from that name no model
 SHAPE = dict(  # the settings that make the shape: their names in config.json
     n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
@@ -123,7 +124,7 @@ def presets(flags):
     shape["size"] = Path(source).name
     for key, value in shape.items():
         require(flags.get(key, value) == value, f"the model has {key}={value}: leave out --{key}")
-    shape["block_size"] = min(512, config.max_position_embeddings)
+    shape["block_size"] = min(FINE_TUNING["block_size"], config.max_position_embeddings)
     return FINE_TUNING | shape
 
 
@@ -334,7 +335,7 @@ class Llama(nn.Module):
             positions = torch.arange(position, position + new.shape[1], device=tokens.device)
             position += new.shape[1]
             step = self.decode if new.shape[1] == 1 else self.last_logits
-            # products of a single row are nearly twice as fast without oneDNN
+            # a row times a matrix is nearly twice as fast without oneDNN; None keeps its tf32
             with torch.backends.mkldnn.flags(enabled=new.numel() > 1, allow_tf32=None):
                 logits = step(new, caches, positions)
             new = choose(logits.float(), tokens)
@@ -362,7 +363,7 @@ class Muon(torch.optim.Optimizer):
                 updates.append(p.grad.lerp(momentum, MOMENTUM))  # Nesterov
             for p, update in zip(group["params"], orthogonal(torch.stack(updates))):
                 p.mul_(1 - rate * group["weight_decay"])
-                p.sub_(update, alpha=rate * 0.2 * max(p.shape) ** 0.5)
+                p.sub_(update, alpha=rate * 0.2 * max(p.shape) ** 0.5)  # 0.2: the size of AdamW's
 
 
 def orthogonal(matrices):
@@ -628,7 +629,7 @@ def set_up_machine():
     if dtype == "auto":
         precision = best_dtype(where) if wide else "float32"
     autocast = torch.autocast(where.type, getattr(torch, precision), enabled=precision != "float32")
-    scaler = torch.amp.GradScaler(where.type, 4096.0, enabled=precision == "float16")
+    scaler = torch.amp.GradScaler(where.type, init_scale=4096.0, enabled=precision == "float16")
     return SimpleNamespace(
         device=where, rank=rank, world=world, dtype=precision, autocast=autocast, scaler=scaler,
         sequences=sequences,      # of an iteration
@@ -888,11 +889,10 @@ def is_due(run):
     return at_interval and run.val_loss is None
 
 
-def ask_to_stop(run, number, frame):
+def ask_to_stop(run, machine, number, frame):
     """At a signal, finish this iteration or leave the evaluation, and save; at a second, quit."""
-    rank, world = prepare.process_rank()
     if stop_signals:
-        if world > 1 and time.monotonic() < stop_signals[0] + 2:
+        if machine.world > 1 and time.monotonic() < stop_signals[0] + 2:  # seconds
             return  # torchrun forwards the Ctrl-C that this process already got
         os._exit(128 + number)
     stop_signals.append(time.monotonic())
@@ -900,7 +900,7 @@ def ask_to_stop(run, number, frame):
     if is_due(run):
         doing = "leaving the evaluation"
     with contextlib.suppress(OSError):  # the terminal may be closed
-        if rank == 0:
+        if machine.rank == 0:
             os.write(2, f"\n{doing}, then saving; Ctrl-C again quits at once\n".encode())
 
 
@@ -1030,7 +1030,8 @@ def main():
     if eval_only:
         evaluate(model, data, machine)
         return leave(machine)
-    prepare.on_signal(functools.partial(ask_to_stop, run), "SIGINT", "SIGTERM", "SIGHUP")
+    ask = functools.partial(ask_to_stop, run, machine)
+    prepare.on_signal(ask, "SIGINT", "SIGTERM", "SIGHUP")
     if wandb_log and machine.rank == 0:
         start_wandb(run)
 
