@@ -1290,7 +1290,7 @@ def test_filters_equal_transformers(monkeypatch):
     values, expected = VALUES | {"temperature": 1.0}, logits
     for name, kind, value in (("repetition_penalty", g.RepetitionPenaltyLogitsProcessor, 1.7),
                               ("temperature", g.TemperatureLogitsWarper, 0.7),
-                              ("top_k", g.TopKLogitsWarper, 20), ("top_p", g.TopPLogitsWarper, 0.8),
+                              ("top_k", g.TopKLogitsWarper, 8), ("top_p", g.TopPLogitsWarper, 0.8),
                               ("min_p", g.MinPLogitsWarper, 0.2)):
         values[name] = value
         before, expected = expected, kind(value)(tokens, expected)
