@@ -58,7 +58,6 @@ MARK = "<|endoftext|>"  # ends a document in plain text, and is the token that e
 END = MARK + "\n"       # how each document ends in the spool
 END_TOKENS = (MARK, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "[SEP]")
 SPACES = b" \t\n\v\f\r"  # white space, which tokenizers may add or remove
-SPLITS = ("train", "val")
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 WARNED = set()  # what `tolerated` has warned of
 
@@ -236,8 +235,8 @@ def find_split(file, size, val_fraction):
     """The byte of the spool at which validation begins: the best boundary near the place wanted."""
     wanted = min(val_fraction * size, VAL_LIMIT)
     target = round(size - wanted)
-    # at most a percent of the text away, or a tenth of validation if that is less; but some bytes
-    # in a tiny text, where there may be no boundary else
+    # at most a percent of the text away, or a tenth of validation if that is less; in a tiny text
+    # at least some bytes, or there may be no boundary
     reach = max(2 * len(END), int(min(size, 10 * wanted) / 100))
     low = max(1, target - reach, size - VAL_LIMIT - len(END))
     high = max(0, min(size - len(END) - 1, target + reach))
@@ -470,7 +469,8 @@ class Data:
         again = f"run python prepare.py --data_dir={folder} on your text again"
         with explained(f"cannot read {folder}, {again}", OSError, ValueError):
             self.meta = json.loads(Path(folder, "meta.json").read_text("utf-8"))
-            self.files = {split: open(Path(folder, split + ".bin"), "rb") for split in SPLITS}
+            self.files = {split: open(Path(folder, f"{split}.bin"), "rb")
+                          for split in ("train", "val")}
         self.tokenizer = load_tokenizer(folder)
         self.folder = folder
         self.eot = self.meta.get("eos_token_id")

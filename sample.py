@@ -80,8 +80,8 @@ def filtered(probs, top_k, top_p, min_p):
     if top_p < 1:
         ordered, order = probs.sort(descending=True)
         before = ordered.cumsum(1) - ordered  # the probability of all likelier tokens
-        left = ordered.where(before < top_p * ordered.sum(1, keepdim=True), 0)
-        probs = probs.scatter(1, order, left)
+        kept = ordered.where(before < top_p * ordered.sum(1, keepdim=True), 0)
+        probs = probs.scatter(1, order, kept)
     return probs.where(probs >= min_p * probs.amax(1, keepdim=True), 0)
 
 
@@ -99,7 +99,7 @@ def prompt_ids(tokenizer, text, llama):
 
 
 def stream(llama, tokenizer, ids, values):
-    """Write num_samples texts after ids: yield (each text so far, the speed) after every token."""
+    """Write num_samples texts after ids: after every token yield (each text so far, a status)."""
     count = values["num_samples"]
     texts = [""] * count
     going = {i: decoders.DecodeStream(ids, skip_special_tokens=True) for i in range(count)}
@@ -153,8 +153,8 @@ def write(llama, tokenizer, text, seed, *chosen):
         ids = prompt_ids(tokenizer, text, llama)
     except prepare.Refusal as error:  # shown on the page
         raise gradio.Error(str(error).removeprefix("error: "), print_exception=False)
-    for (new,), speed in stream(llama, tokenizer, ids, values):
-        yield text + new, f"{speed}, seed {seed}"
+    for (new,), status in stream(llama, tokenizer, ids, values):
+        yield text + new, f"{status}, seed {seed}"
 
 
 def serve(llama, tokenizer, folder, facts, text):
@@ -228,17 +228,17 @@ def main():
     # the first sample appears as it is generated, the others at the end
     show = prepare.printable if sys.stdout.isatty() else str
     print(show(text), end="", flush=True)
-    texts = [""]
-    shown = 0
+    texts = []
+    shown = 0  # characters of the first
     try:
-        for texts, speed in stream(llama, tokenizer, ids, prepare.settings_of(globals())):
+        for texts, status in stream(llama, tokenizer, ids, prepare.settings_of(globals())):
             print(show(texts[0][shown:]), end="", flush=True)
             shown = len(texts[0])
             if sys.stdout.broken:  # the reader has gone
                 break
     finally:  # also after Ctrl-C
         print("", *(show(text + new) for new in texts[1:]), sep=f"\n{'-' * 20}\n")
-    print(speed, file=sys.stderr)
+    print(status, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ $ python train.py --size=135m --data_dir=data-web --out_dir=out-135m
 $ python train.py --init_from=HuggingFaceTB/SmolLM2-135M --data_dir=data-tuned --out_dir=out-tuned
 $ torchrun --standalone --nproc_per_node=8 train.py --out_dir=out-8    # on eight GPUs
 
-The first makes its data of input.txt, the others need what prepare.py made. Ctrl-C saves and exits;
-the same command resumes.
+The first two make their data of input.txt; the others need what prepare.py has made.
+Ctrl-C saves and exits; the same command resumes.
 """
 import contextlib
 import csv
@@ -335,7 +335,7 @@ class Llama(nn.Module):
             positions = torch.arange(position, position + new.shape[1], device=tokens.device)
             position += new.shape[1]
             step = self.decode if new.shape[1] == 1 else self.last_logits
-            # a row times a matrix is nearly twice as fast without oneDNN; None keeps its tf32
+            # a row times a matrix is nearly twice as fast without oneDNN; None: tf32 as it is
             with torch.backends.mkldnn.flags(enabled=new.numel() > 1, allow_tf32=None):
                 logits = step(new, caches, positions)
             new = choose(logits.float(), tokens)
